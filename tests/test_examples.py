@@ -83,7 +83,7 @@ def test_every_example_says_what_it_shows(path):
     assert lines[0].startswith('"""') and lines[0].endswith(".")
 
 
-SHARED = {"in_transformers"}  # what a program imports
+SHARED = {"in_transformers", "openpi_layers"}  # what programs import
 INTEGRATIONS = sorted(
     path for path in (ROOT / "examples" / "integrations").glob("*.py") if path.stem not in SHARED
 )

@@ -1,58 +1,57 @@
-"""openpi: its LoRA leaves (`w`, `lora_a`, `lora_b`) read and merged, none left out.
+"""openpi: its LoRA leaves (`w`, `lora_a`, `lora_b`) read, merged and exported, none left out.
 
 The output projection contracts its heads in `lora_a` and sums them out of `lora_b`: its change is
 one product over all heads, not one a head. The feed-forward takes no alpha / rank.
 """
 
+import tempfile
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from openpi_layers import ALPHA, difference, layers
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 
-# openpi's equations, and small weights for them; layers of a scan come first in a real one.
-SHAPES = {
-    ("attn", "q_einsum", "w"): ("BTD,NDH->BTNH", (4, 8, 6)),
-    ("attn", "kv_einsum", "w"): ("BSD,2KDH->2BSKH", (2, 1, 8, 6)),
-    ("attn", "attn_vec_einsum", "w"): ("BTNH,NHD->BTD", (4, 6, 8)),
-    ("mlp", "gating_einsum"): ("BTD,2DF->2BTF", (2, 8, 16)),
-}
+# Names in openpi's port to PyTorch. The action expert's leaves end in `_1`, and its names begin
+# with "paligemma_with_expert.gemma_expert.model.".
+THERE = "paligemma_with_expert.paligemma.model.language_model.layers.{}."
+TABLE = """attn.q_einsum.w : self_attn.q_proj : (n h) d -> l n d h
+attn.kv_einsum.w : self_attn.{k,v}_proj : (k h) d -> l c k d h
+attn.attn_vec_einsum.w : self_attn.o_proj : d (n h) -> l n h d
+mlp.gating_einsum : mlp.{gate,up}_proj : o i -> l c i o
+mlp.linear : mlp.down_proj : o i -> l i o"""
+RULES = [line.split(" : ") for line in TABLE.splitlines()]
+RULES = [(f"layers.{a}", f"{THERE}{b}.weight", layout) for a, b, layout in RULES]
+MAP = lora.hf.name_map("openpi", RULES)
 
 
-def read(params, alpha):
+def read(params):
     """openpi's tree with a `LoraArray` for each weight that has factors."""
     flat = flatten_dict(params)
     for path in [path for path in flat if path[-1].endswith("lora_a")]:
         stem = path[-1].removesuffix("lora_a")  # "", or "linear_" and the like in the feed-forward
         base = (*path[:-1], stem.removesuffix("_") or "w")
         w, a, b = flat[base], flat.pop(path), flat.pop((*path[:-1], f"{stem}lora_b"))
-        roles = "s" * (w.ndim - 2) + "io"
+        roles, rank = "s" * (w.ndim - 2) + "io", a.shape[-1]
         if path[-2].startswith("attn_vec_einsum"):
-            roles, b = roles.replace("si", "ii"), b.sum(axis=-3)
-        scale = np.full(w.shape[: roles.count("s")], 1.0 if stem else alpha / a.shape[-1])
-        flat[base] = lora.LoraArray(w, a, b, scale.astype(np.float32), roles=roles)
+            roles, b = roles.replace("sio", "iio"), b.sum(axis=-3)
+        scale = np.full(w.shape[: roles.count("s")], 1 if stem else ALPHA / rank, np.float32)
+        flat[base] = lora.LoraArray(w, a, b, scale, roles=roles)
     if left := [path for path in flat if "lora" in path[-1]]:
         raise ValueError(f"factors without a weight: {left}")
     return unflatten_dict(flat)
 
 
-def main(alpha=8.0, rank=2):
-    keys, flat, outs = iter(jax.random.split(jax.random.key(0), 99)), {}, {}
-    for path, (equation, shape) in SHAPES.items():
-        given, w, out = equation.replace("->", ",").split(",")
-        sizes = dict(zip(w, shape, strict=True)) | dict(B=2, T=3, S=3, L=rank)
-        a, b, middle = w.replace(w[-1], "L"), w.replace(w[-2], "L"), out.replace(w[-1], "L")
-        arrays = [jax.random.normal(next(keys), [sizes[x] for x in t]) for t in (given, w, a, b)]
-        stem, scale = ("", alpha / rank) if path[-1] == "w" else (f"{path[-1]}_", 1.0)
-        flat[path] = arrays[1]
-        flat |= {(*path[:-1], f"{stem}lora_{f}"): arrays[i] for i, f in ((2, "a"), (3, "b"))}
-        low = jnp.einsum(f"{given},{a}->{middle}", arrays[0], arrays[2])
-        change = scale * jnp.einsum(f"{middle},{b}->{out}", low, arrays[3])
-        outs[path] = equation, arrays[0], jnp.einsum(equation, *arrays[:2]) + change
-    merged = flatten_dict(lora.merge(read(unflatten_dict(flat), alpha)))
-    apart = [abs(jnp.einsum(e, x, merged[path]) - y).max() for path, (e, x, y) in outs.items()]
-    return {"difference": float(max(apart)), "read": len(flat), "merged": len(merged)}
+def main():
+    leaves, results = layers(jax.random.key(0))
+    merged = lora.merge(read(unflatten_dict(leaves)))
+    with tempfile.TemporaryDirectory() as folder:
+        lora.hf.save_weights(f"{folder}/merged", merged, MAP)
+        there = load_file(f"{folder}/merged/model.safetensors")
+    apart = difference(results, RULES, there)
+    return {"difference": apart, "read": len(leaves), "exported": len(there)}
 
 
 if __name__ == "__main__":
