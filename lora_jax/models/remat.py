@@ -14,6 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.layers import PROJECTION, Specs, gather
+from lora_jax.models.sharding import EXPERTS
 
 # A policy, or its name; the bools are "none" and "full".
 Remat = bool | str | Callable[..., Any]
@@ -77,7 +78,7 @@ def rematerialized(
         return lambda run: run
     # What is gathered the backward pass gathers again: else every device would keep the weights of
     # all layers, and the keys of all tokens, until then.
-    policy = _unless_gathered if name == "none" else _policy(remat, offload)
+    policy = _of_own_tokens(_unless_gathered if name == "none" else _policy(remat, offload))
 
     def wrap(run: Callable) -> Callable:
         def block(state: Any, number: Any, carry: Any, *others: Any) -> Any:
@@ -100,6 +101,23 @@ def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
     """
     del inputs, params
     return primitive.name not in _BROUGHT
+
+
+def _of_own_tokens(policy: Callable | None) -> Callable | None:
+    """The policy, but nothing that a device computes for tokens of the axis `expert` is kept.
+
+    Its policies take the place of the checkpoints inside, and the tokens are those of all devices
+    of the axis, see `models.experts`.
+    """
+    if policy is None:
+        return None
+
+    def kept(primitive: Any, *inputs: Any, **params: Any) -> Any:
+        if EXPERTS in jax.sharding.get_abstract_mesh().manual_axes:
+            return False
+        return policy(primitive, *inputs, **params)
+
+    return kept
 
 
 def _policy(remat: Remat, offload: bool) -> Callable | None:

@@ -10,7 +10,7 @@ The totals over XLA's own figures are in `benchmarks/results/estimate.json` and 
 CPU, XLA gathers all weights of a layer before the first is used: with `fsdp` the temporaries of
 adapters are up to a third more than estimated. For an H200 it does so in the backward pass of a
 mixture that recomputes nothing: with `fsdp` and `remat="none"` the total is a fifth to a third
-more, and with `expert` beside `fsdp` several times as much.
+more.
 """
 
 import dataclasses
