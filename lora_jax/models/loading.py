@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lora_jax.config.arguments import SettingsError, check_argument
+from lora_jax.config.arguments import SettingsError, check_argument, quoted
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
@@ -167,12 +167,14 @@ class _Head(NamedTuple):
             )
         if config.labels or config.wrapper or not has_head(config.model_type, self.task):
             why = (
-                "is a classifier, whose classes are its own" if config.labels
-                else f"is a `{config.wrapper or config.model_type}`, of which transformers has no "
-                f"class ...{NAMED[self.task].ending}"
+                f"a classifier, whose classes are its own ({quoted(config.labels)}): leave out "
+                "`labels`, or give the model that the adapter was trained on" if config.labels
+                else f"a `{config.wrapper or config.model_type}`, of which transformers has no "
+                f"class ...{NAMED[self.task].ending}: leave out `labels`"
             )  # fmt: skip
             raise SettingsError(
-                f"{source}: `fresh_head`, or `labels`, came for a model that {why}: leave it out"
+                f"{source}: `labels`, or an adapter that was trained with them, ask for a fresh "
+                f"head, and this model is {why}"
             )
         return dataclasses.replace(
             config, task=self.task, labels=self.labels, problem_type=self.problem,
@@ -227,8 +229,8 @@ def _open_directory(
     path = directory / "config.json"
     if not path.exists() and (directory / "adapter_config.json").exists():
         raise ValueError(
-            f"{directory}: an adapter, not a model: load the model that it was trained on, and the "
-            "adapter onto it (`lora_jax.hf.load_peft`)"
+            f"{directory}: an adapter, not a model: give the model that it was trained on, and "
+            "this as `adapter` (in Python, to `lora.hf.load_peft`)"
         )
     raw = read_object(path)
     with named(path):
@@ -243,7 +245,14 @@ def _open_directory(
         forward_of(config, **options)  # refuses what is a decoder's
         own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
         if architecture.kind == IMAGE_ENCODER:
-            return open_images(directory, own, labels=head.labels, fresh_head=head.key)
+            if head.key is not None and head.task != CLASSIFICATION:
+                raise SettingsError(
+                    f'{path}: task="{head.task}" is for texts, and a `{config.model_type}` reads '
+                    "images: leave `task` out"
+                )
+            return open_images(
+                directory, own, labels=head.labels, fresh_head=head.key, problem=head.problem
+            )
         if head.key is None:
             return open_encoder(directory, own)
         return open_encoder(

@@ -12,6 +12,7 @@ from lora_jax.hf.checkpoint.fill import Spread, fill
 from lora_jax.hf.checkpoint.names import VIT
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed
+from lora_jax.models.bert_config import Problem
 from lora_jax.models.bert_kinds import FEATURES
 from lora_jax.models.init import draw
 from lora_jax.models.model import Model
@@ -28,6 +29,7 @@ def open_images(
     *,
     labels: Sequence[str] = (),
     fresh_head: Array | None = None,
+    problem: Problem | None = None,
 ) -> Opened:
     """As `lora_jax.models.load` on a directory; the options are those of `ImageForward`.
 
@@ -35,6 +37,7 @@ def open_images(
       directory: a Hugging Face directory.
       options: dtype, param_dtype, scan, remat.
       labels, fresh_head: the classes of a head that is drawn; the checkpoint's is left out.
+      problem: of such a head, for config.json.
     """
     path = directory / "config.json"
     try:
@@ -47,7 +50,7 @@ def open_images(
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     if labels:
-        config = replace(config, labels=tuple(labels))
+        config = replace(config, labels=tuple(labels), problem_type=problem)
     forward = ImageForward(config=config, **options)
 
     def read(spread: Spread | None) -> Model:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from lora_jax.config.arguments import SettingsError
 from lora_jax.models.generation import bucket
 from lora_jax.models.mesh import entered, placement
-from lora_jax.train.evaluate import pad_id_of
+from lora_jax.train.evaluate import pad_id_of, tokenizer_of
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
 from lora_jax.train.jsonl import Record, record_of
@@ -195,14 +195,11 @@ def _rows(model: Any, record: Record, *, windows: bool = False) -> list[Row]:
     Raises:
       ValueError: the model has no tokenizer, or a text is longer than its context.
     """
-    if model.tokenizer is None:
-        raise ValueError(
-            "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
-        )
+    tokenizer = tokenizer_of(model)
     goal, context = goal_of(model.config), model.config.context
     assert goal is not None
     rows = rows_of(
-        record, goal, model.tokenizer, model.config.labels,
+        record, goal, tokenizer, model.config.labels,
         window=context if windows else None, known=False,
     )  # fmt: skip
     for row in rows:

@@ -14,6 +14,7 @@ from lora_jax.compat import moved
 from lora_jax.config.arguments import SettingsError
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
+from lora_jax.train.evaluate import tokenizer_of
 from lora_jax.train.loss import reads_first
 
 Messages = Sequence[Mapping[str, Any]]
@@ -139,11 +140,7 @@ def generate_texts(
     Raises:
       ValueError: the model has no tokenizer, or a prompt no room in its context.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
-        )
+    tokenizer = tokenizer_of(model)
     context = model.config.context
     if config.max_new_tokens >= context and not reads_first(model):
         raise SettingsError(

@@ -135,18 +135,36 @@ def check_causal(model: Any) -> None:
     Raises:
       ValueError: it is one, or reads images.
     """
-    if isinstance(getattr(model, "forward", None), ImageForward):
-        raise SettingsError(
-            f"`model` is a `{model.config.model_type}`, which reads images, and the rows of data "
-            "are texts: train it in a loop of your own (`lora_jax.lorafy(model.apply)`, see "
-            "guides/images)"
-        )
+    _check_texts(model)
     if reads_both_ways(model) and goal_of(model.config) is None:
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "
             "tokens that they would have to predict: pass a decoder, name `labels` to classify "
             "texts or another `task`, or train it in a loop of your own "
             "(`lora_jax.lorafy(model.apply)`)"
+        )
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+      ValueError: it has none, or reads images.
+    """
+    _check_texts(model)
+    if model.tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
+        )
+    return model.tokenizer
+
+
+def _check_texts(model: Any) -> None:
+    if isinstance(getattr(model, "forward", None), ImageForward):
+        raise SettingsError(
+            f"`model` is a `{model.config.model_type}`, which reads images, and the rows of data "
+            "and prompts are texts: train and call it in a program of your own "
+            "(`lora_jax.lorafy(model.apply)`, see guides/images)"
         )
 
 

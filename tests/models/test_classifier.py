@@ -136,6 +136,8 @@ def test_a_language_model_gets_a_fresh_head(language_model, tmp_path):
     )  # float32
     save_merged(tmp_path / "saved", model, model.params)
     again = models.load(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r'is a classifier, whose classes are its own \("book"'):
+        fresh(tmp_path / "saved")
     assert again.config.labels == model.config.labels
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 

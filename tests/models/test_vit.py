@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.analysis import memory
 from lora_jax.models.vit_config import ViTConfig
+from lora_jax.recipes.classify import classify_texts
 from lora_jax.train.evaluate import check_causal
 
 from tests.support.oracle import oracle
@@ -104,7 +105,7 @@ def test_a_fresh_head(saved, tmp_path):
         made = lora.models.load(
             saved(case).directory, labels=("a", "b"), fresh_head=jax.random.key(0)
         )
-        assert made.config.labels == ("a", "b")
+        assert made.config.labels == ("a", "b") and made.config.problem_type is None
         assert made.params["classifier"]["kernel"].shape == (32, 2)
         logits = made.apply(made.params, images(made.config))
         assert logits.shape == (2, 2) and abs(logits[0] - logits[1]).max() > 1e-4
@@ -179,6 +180,16 @@ def test_what_is_refused(saved, case, tmp_path):
 
 def test_calls_that_are_refused(saved):
     model = lora.models.load(saved("classifies").directory)
+    fresh = {"labels": ("a", "b"), "fresh_head": jax.random.key(0)}
+    found = lora.models.load(saved("classifies").directory, **fresh, problem="regression")
+    assert found.config.to_hf()["problem_type"] == "regression"
+    for task in ("token-classification", "question-answering"):
+        own = {**fresh, "labels": fresh["labels"] if "token" in task else ()}
+        text = f'config.json: task="{task}" is for texts, and a `vit` reads images: leave `task`'
+        with pytest.raises(ValueError, match=text):
+            lora.models.load(saved("classifies").directory, **own, task=task)
+    with pytest.raises(ValueError, match="`vit`, which reads images, and the rows of data and"):
+        classify_texts(model, model.params, ["a"])
     with pytest.raises(ValueError, match=r"`pixels` must be floats of shape \(batch, 3, 16, 16\)"):
         model.apply(model.params, np.zeros((1, 16, 16, 3), np.float32))
     with pytest.raises(ValueError, match="got uint8 of shape"):

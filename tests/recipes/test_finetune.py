@@ -140,7 +140,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(job, tmp_
 
 
 def test_an_adapter_in_place_of_a_model_is_named(run):
-    with pytest.raises(ValueError, match="adapter: an adapter, not a model: load the model"):
+    with pytest.raises(ValueError, match="adapter: an adapter, not a model: give the model"):
         finetune.load_model(str(run[0] / "adapter"))
 
 
