@@ -154,7 +154,10 @@ def _nothing(
     likely = sorted(leaves, key=lambda leaf: (not leaf.left_out, not leaf.roles))
     some = "; ".join(_why(leaf) for leaf in likely[:5])
     if any(leaf.left_out for leaf in leaves):
-        return f"target_modules={targets!r} adapts nothing: {some}"
+        some = "; ".join(_why(leaf) for leaf in likely[:2])
+        count = sum(bool(leaf.left_out) for leaf in leaves)
+        more = f"; and {count - 2} more" if count > 2 else ""
+        return f"target_modules={targets!r} adapts nothing: {some}{more}"
     # "all-linear" is no name, so no name is near it.
     near = "" if targets == ALL_LINEAR else f"; nearest: {paths.nearest(str(targets), modules)}"
     return (

@@ -99,7 +99,7 @@ def choose_kernel(
     mesh = spread_mesh() if backend == "tpu" and not interpreted else None
     unsplit = "" if mesh is None or used_whole(mesh) else _UNSPLIT
     if reason := unsplit or kernels.obstacle(form, q.block, packed):
-        _warn_once(f"{backend}: {reason}; the reference decodes it")
+        _warn_once(f"a quantized weight has no kernel of {backend}: {reason}; plain JAX decodes it")
         return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
     decoder = functools.partial(kernels.decode, **options)

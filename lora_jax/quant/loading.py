@@ -129,8 +129,8 @@ def _own_format(
     """The file's format and block size of a leaf's layers, None where they are floats; roles."""
     if weights.formats is None:
         raise ValueError(
-            f'`quantize="file"` keeps blocks that a file holds, and {weights.source} holds floats; '
-            'use "nf4" or another format'
+            f"`quantize` has no blocks to keep, as {weights.source} holds floats: name a format, "
+            'quantize="nf4"'
         )
     found = {name: weights.formats.get(name) for part in tensors for name in part.names}
     first = next(iter(found.values()))
