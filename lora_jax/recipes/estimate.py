@@ -46,12 +46,14 @@ def estimate(
     # After the table, as these take as many estimates again.
     for name, one in found:
         if limit is not None and (lines := remedies(name, one, limit)):
-            log(f"\n{one.model}, {one.settings.method}, does not fit; these would:")
-            log("\n".join(f"  {line}" for line in lines))
+            log(f"\n{one.model}, {one.settings.method}, does not fit; what would:")
+            log("\n".join(f"  {line}" for line in [*lines, "shorter rows (max_length) take less"]))
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    adapter = LoraConfig(rank=config.rank, target_modules=config.target_modules)
+    adapter = LoraConfig(
+        rank=config.rank, rank_pattern=config.rank_pattern, target_modules=config.target_modules
+    )
     return [
         memory(
             model,

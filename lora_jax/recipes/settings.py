@@ -82,6 +82,7 @@ class EstimateConfig:
       accumulation: forward passes of one optimizer step.
       packing: rows hold several examples side by side, as `train --packing` makes them.
       rank: rank of the adapters.
+      rank_pattern: rank of the modules that a pattern matches, `down_proj=64`.
       target_modules: the adapted modules, as in `train`.
       quantize: format of the base in QLoRA, as files hold it too: GPTQ and AWQ are "uint4_zero".
       dtype: dtype of the computation and of frozen weights that are not quantized.
@@ -105,6 +106,7 @@ class EstimateConfig:
     accumulation: int = 1
     packing: bool = False
     rank: int = 16
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
     target_modules: Sequence[str] | str = "all-linear"
     quantize: Literal[FormatName, HeldName] = "nf4"
     dtype: Dtype = "bfloat16"

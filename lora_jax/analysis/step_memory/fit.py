@@ -1,5 +1,6 @@
 """Settings of a training step that fit a device: the fastest, or changes that would help."""
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -108,7 +109,7 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     Returns:
       A line for each sufficient change: more rematerialization, a smaller batch,
       an adapter instead of full fine-tuning, a quantized base, more devices. If none is
-      sufficient, the total with all of them on as many devices, and the number of devices needed.
+      sufficient, a line that says so, with the least that was found.
       Empty if the step already fits.
     """
     if found.fits(device_memory):
@@ -129,16 +130,23 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     best = None if lines else estimate(found.model, config, together)
     if best is not None and best.fits(device_memory):
         lines.append(f"all of these together ({_joined_names(names)}): {best.total / GIB:.2f} GiB")
-    for settings, label in ((found.settings, "as it is"), (together, "with all of the above")):
-        line = _devices(found.model, config, settings, device_memory=device_memory, label=label)
-        if line:
-            return [*lines, line]
-    if best is None or lines:
+    joined = _joined_names(names)
+    tried = [(best or found, names)]
+    for own, settings in [([], found.settings), (names, together)][: 1 + bool(names)]:
+        spread = _devices(found.model, config, settings, device_memory=device_memory)
+        if spread is None:
+            continue
+        count, batch = spread.settings.mesh["fsdp"], spread.settings.batch
+        if spread.fits(device_memory):
+            how = f"with {joined}" if own else "as it is"
+            size = f"{spread.total / GIB:.2f} GiB on each device"
+            return [*lines, f"fsdp {count} {how}, batch {batch}: {size}"]
+        tried.append((spread, [*own, f"fsdp {count}"]))
+    if lines:
         return lines
-    return [
-        f"no change here is enough: with {_joined_names(names)} on {_MOST_DEVICES} devices the "
-        f"step still takes {in_units(best.total)} on each of them"
-    ]
+    least, changes = min(tried, key=lambda one: one[0].total)
+    how = f"with {_joined_names(changes)} " * bool(changes)
+    return [f"no change here is enough: {how}a device still needs {in_units(least.total)}"]
 
 
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
@@ -179,19 +187,35 @@ def _joined_names(names: list[str]) -> str:
 
 
 def _devices(
-    name: str, config: Any, settings: StepSettings, *, device_memory: int, label: str
-) -> str:
-    """The fewest devices along `fsdp` that fit the step, each with at least one row; or ""."""
-    count = 2 * settings.mesh["fsdp"]
-    while count <= _MOST_DEVICES:
+    name: str, config: Any, settings: StepSettings, *, device_memory: int
+) -> MemoryEstimate | None:
+    """The fewest devices along `fsdp` that fit the step, each with at least one row.
+
+    Returns:
+      The estimate with them; where none fit, that with the most; None where the model cannot be
+      divided.
+    """
+
+    @functools.cache
+    def on(count: int) -> MemoryEstimate | None:
         mesh = {**settings.mesh, "fsdp": count}
         rows = mesh["data"] * count
         batch = -(-settings.batch // rows) * rows  # rounded up to whole rows of every device
         try:
-            best = estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
+            return estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
         except ValueError:  # `fsdp` divides no dim of some matrix, nor does any multiple of it
-            return ""
-        if best.fits(device_memory):
-            return f"fsdp {count} {label}, batch {batch}: {best.total / GIB:.2f} GiB on each device"
-        count *= 2
-    return ""
+            return None
+
+    first = 2 * settings.mesh["fsdp"]
+    counts = [first << i for i in range((_MOST_DEVICES // first).bit_length())]
+    while counts and on(counts[-1]) is None:
+        del counts[-1]
+
+    # The more devices, the less each holds: an estimate takes half a second, so few are made.
+    def enough(count: int) -> bool:
+        one = on(count)
+        return one is not None and one.fits(device_memory)
+
+    if counts and enough(counts[-1]):
+        return on(counts[bisect.bisect_left(counts, True, key=enough)])
+    return on(counts[-1]) if counts else None

@@ -266,7 +266,12 @@ def test_what_would_fit_is_said(monkeypatch):
         found: Any = Found("m", StepSettings(**settings))
         return fit.remedies(LLAMA, found, limit * GIB)
 
-    monkeypatch.setattr(fit, "estimate", lambda name, config, s: Found(name, s))
+    def estimated(name: str, config: Any, settings: StepSettings) -> Any:
+        tried.append(settings.mesh["fsdp"])
+        return Found(name, settings)
+
+    tried = []
+    monkeypatch.setattr(fit, "estimate", estimated)
     assert lines(8, batch=4) == []
     assert lines(8, batch=4, remat=False) == [
         "remat full: 8.00 GiB",
@@ -283,6 +288,16 @@ def test_what_would_fit_is_said(monkeypatch):
     together = "batch 1, accumulation 8; QLoRA, base in nf4"
     assert found[0] == f"all of these together ({together}): 2.00 GiB"
     assert found[1] == "fsdp 8 as it is, batch 8: 1.50 GiB on each device"
+    assert lines(2, adapter=None, batch=8)[-1].startswith("fsdp 8 as it is, batch 8: 2.00 GiB")
+    # Of 10 numbers of devices only the largest are tried where these are not enough.
+    tried.clear()
+    assert lines(1, batch=8) == [
+        f"no change here is enough: with {together}; fsdp 1024 a device still needs 1.00 GiB"
+    ]
+    assert tried.count(1024) == 2 and set(tried) == {1, 1024}
+    assert lines(1, quantize="nf4") == [
+        "no change here is enough: with fsdp 1024 a device still needs 1.00 GiB"
+    ]
 
 
 def test_the_fastest_that_fits_is_chosen(monkeypatch):
@@ -407,7 +422,7 @@ def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
     rows = [line.split() for line in out.splitlines()[1:4]]
     assert [row[1] for row in rows] == ["method", "full", "LoRA"]
     assert [row[-1] for row in rows] == ["fits", "no", "yes"]
-    assert "full, does not fit; these would:\n  LoRA instead of full fine-tuning: 0.0" in out
+    assert "full, does not fit; what would:\n  LoRA instead of full fine-tuning: 0.0" in out
 
 
 def test_the_command_writes_json(capsys):
