@@ -291,6 +291,7 @@ class Model:
       generation: its generation_config.json: end tokens, temperature, top-p; empty without one.
       checkpoint: the directory or .gguf file that it was loaded from, or None: a merge copies the
         rest of a vision-language model, and of a quantized one, from there.
+      processor: what makes pixels of images, a `lora_jax.hf.images.ImageProcessor`, or None.
     """
 
     forward: Any
@@ -298,6 +299,7 @@ class Model:
     tokenizer: Any = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
+    processor: Any = None
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params, is_leaf=is_quant)

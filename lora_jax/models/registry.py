@@ -137,6 +137,12 @@ def forward_of(
     return architecture.forward(config=config, **more, **options)
 
 
+def kind_of_model(model: Any) -> str | None:
+    """The `kind` of a model's architecture; None of a model of the user's own."""
+    kinds = {row.forward: row.kind for row in ARCHITECTURES.values()}
+    return kinds.get(type(getattr(model, "forward", None)))
+
+
 def inputs_of(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `apply` takes behind the parameters, as shapes: enough for a trace, such as a plan's."""
     kind, tokens = architecture_of(config.model_type).kind, jax.ShapeDtypeStruct((1, 2), jnp.int32)

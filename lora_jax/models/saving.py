@@ -4,6 +4,7 @@ directory/config.json, generation_config.json
 directory/model.safetensors                 every weight under Hugging Face's name, or
 directory/model-00001-of-0000N.safetensors  shards of them, with model.safetensors.index.json
 directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
+directory/preprocessor_config.json          if there is a processor of images
 
 What the base's config.json, generation_config.json and tokenizer files hold is written back whole,
 but for the dtype and how weights were quantized. A decoder inside a vision-language model is
@@ -29,6 +30,7 @@ from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_new, read_object, replacing
+from lora_jax.hf import images
 from lora_jax.hf.checkpoint.names import Family, as_held, module_name, stack_depth, tensors_of
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
@@ -285,6 +287,8 @@ def texts_of(model: Any, dtype: str) -> dict[str, str]:
     texts = {"config.json": _json(config), "generation_config.json": _json(generation)}
     if model.tokenizer is not None:
         texts |= _tokenizer_texts(model.tokenizer, model.config.max_position_embeddings)
+    if model.processor is not None:
+        texts[images.FILE] = _json(model.processor.to_hf())
     return texts
 
 

@@ -12,6 +12,7 @@ from lora_jax.hf.checkpoint.fill import Spread, fill
 from lora_jax.hf.checkpoint.names import VIT
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed
+from lora_jax.hf.images import read_processor
 from lora_jax.models.bert_config import Problem
 from lora_jax.models.bert_kinds import FEATURES
 from lora_jax.models.init import draw
@@ -51,15 +52,17 @@ def open_images(
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     if labels:
         config = replace(config, labels=tuple(labels), problem_type=problem)
-    forward = ImageForward(config=config, **options)
+    forward, processor = ImageForward(config=config, **options), read_processor(directory)
 
     def read(spread: Spread | None) -> Model:
         shapes = forward.shapes()
         if fresh_head is None:
-            return Model(forward, fill(shapes, weights, family=VIT, spread=spread))
+            params = fill(shapes, weights, family=VIT, spread=spread)
+            return Model(forward, params, processor=processor)
         made = draw(fresh_head, {_HEAD: shapes[_HEAD]}, config, spread=spread)
         rest = {name: each for name, each in shapes.items() if name != _HEAD}
-        return Model(forward, {**fill(rest, weights, family=VIT, spread=spread), **made})
+        params = {**fill(rest, weights, family=VIT, spread=spread), **made}
+        return Model(forward, params, processor=processor)
 
     return Opened(forward, weights, read)
 

@@ -22,12 +22,13 @@ from jaxtyping import Float
 from lora_jax.config.arguments import SettingsError
 from lora_jax.models.generation import bucket
 from lora_jax.models.mesh import entered, placement
+from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.train.evaluate import pad_id_of, tokenizer_of
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
+from lora_jax.train.images import image_examples
 from lora_jax.train.jsonl import Record, record_of
 from lora_jax.train.labelled import Row, answers_of, rows_of
-from lora_jax.train.loss import reads_both_ways
 from lora_jax.transform.lorafy import lorafy
 
 # Tokens of an answer at most, and how many of the likeliest firsts and lasts are paired, as in
@@ -185,6 +186,9 @@ def _of_records(
     model: Any, params: Any, records: Sequence[Record], batch_size: int
 ) -> list[np.ndarray]:
     """The logits of each record, which has one row."""
+    if kind_of_model(model) == IMAGE_ENCODER:
+        images = image_examples(records, model, known=False)
+        return _logits(model, params, images, batch_size)
     rows = [row for record in records for row in _rows(model, record)]
     return _logits(model, params, rows, batch_size)
 
@@ -243,15 +247,21 @@ def _compiled(forward: Any, mesh: Mesh | None) -> Callable:
 def _padded(
     rows: Sequence[Row | Example], size: int, model: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Tokens, mask and types, of a few lengths; the rows that are missing repeat the first."""
+    """Tokens, mask and types, of a few lengths; the rows that are missing repeat the first.
+
+    Or what is read of images.
+    """
     rows = [*rows, *[rows[0]] * (size - len(rows))]
+    if kind_of_model(model) == IMAGE_ENCODER:
+        images = [r.image.floats() for r in rows if isinstance(r, Example) and r.image is not None]
+        return jnp.asarray(images), {}
     longest = max(len(row.tokens) for row in rows)
     width = max(longest, min(bucket(longest), model.config.context))
     mask = np.arange(width) < np.array([[len(row.tokens)] for row in rows])
     tokens = np.full(mask.shape, pad_id_of(model.tokenizer), np.int32)
     tokens[mask] = np.concatenate([row.tokens for row in rows])
     inputs = {"mask": jnp.asarray(mask)}
-    if reads_both_ways(model) and model.config.typed:
+    if kind_of_model(model) == ENCODER and model.config.typed:
         types = np.zeros(mask.shape, np.int32)
         types[mask] = np.concatenate(
             [np.zeros(len(r.tokens), int) if r.types is None else r.types for r in rows]
@@ -271,8 +281,8 @@ def classify_prompts(
 ) -> None:
     """Writes what the head says of each prompt, in their order: a line, such as `cancel 0.982`.
 
-    Of words it is a line for each, of answers the answer. A prompt is a text; a pair of texts or a
-    question is a JSON object, as a row of the training data.
+    Of words it is a line for each, of answers the answer. A prompt is a text, or the path of an
+    image; a pair of texts or a question is a JSON object, as a row of the training data.
 
     Args:
       model, params, batch_size: as for `classify_texts`.
@@ -289,6 +299,8 @@ def classify_prompts(
 
 def _record(prompt: str, model: Any) -> Record:
     goal = goal_of(model.config)
+    if kind_of_model(model) == IMAGE_ENCODER:
+        return record_of({"image": prompt}, source=prompt)
     if goal is not None and goal.per == "token":
         return record_of({"tokens": prompt.split()}, source="a prompt")
     asked = goal is not None and goal.per == "answer"

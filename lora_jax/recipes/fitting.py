@@ -15,6 +15,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.classifier import check_labels
 from lora_jax.models.heads import ANSWERS, CLASSIFICATION, DECODER_HEADS, NAMED
 from lora_jax.models.mesh import Placement, check_rows, placement
+from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.remat import remat_name
 from lora_jax.models.sharding import ROWS, TOKENS, make_mesh
 from lora_jax.quant.array import Backend, is_quant
@@ -25,7 +26,6 @@ from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
-from lora_jax.train.loss import reads_both_ways
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
 from lora_jax.train.preparation import settings_of
@@ -101,16 +101,19 @@ def with_head(model: Any, config: LoraConfig) -> LoraConfig:
     """The adapter's config; of a model with the head of a task, which trains whole, as in PEFT."""
     if goal_of(model.config) is None:
         return config
-    if reads_both_ways(model):
+    if kind_of_model(model) == ENCODER:
         # What a checkpoint of a bare encoder lacks is drawn, BERT's pooler too.
         heads = [name.removesuffix(".") for name in model.config.head_modules]
         heads += ["pooler"] if model.config.pooler else []
+    elif kind_of_model(model) == IMAGE_ENCODER:
+        heads = ["classifier"]
     else:
         heads = [str(DECODER_HEADS[model.config.task].last)]
     more = [name for name in heads if name not in config.modules_to_save]
     saved = (*config.modules_to_save, *more)
-    # ModernBERT's heads do not tell.
-    extra = {"task_type": NAMED[model.config.task].peft, **config.extra}
+    # ModernBERT's heads do not tell. PEFT has no type for images.
+    known = NAMED.get(model.config.task)
+    extra = {**({} if known is None else {"task_type": known.peft}), **config.extra}
     return dataclasses.replace(config, modules_to_save=saved, extra=extra)
 
 

@@ -15,7 +15,7 @@ from lora_jax.hf.peft.directory import FORM_FILE, local
 from lora_jax.models.heads import TASKS, Problem, Task
 from lora_jax.train.jsonl import Record
 
-TrainedForm = Literal["prompt", "messages", "text", "tokens", "question", "mixed"]
+TrainedForm = Literal["prompt", "messages", "text", "tokens", "question", "image", "mixed"]
 
 
 class Trained(NamedTuple):

@@ -12,10 +12,10 @@ import numpy as np
 from lora_jax import models
 from lora_jax.compat import moved
 from lora_jax.config.arguments import SettingsError
+from lora_jax.models.registry import ENCODER_DECODER, kind_of_model
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train.evaluate import tokenizer_of
-from lora_jax.train.loss import reads_first
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -142,7 +142,7 @@ def generate_texts(
     """
     tokenizer = tokenizer_of(model)
     context = model.config.context
-    if config.max_new_tokens >= context and not reads_first(model):
+    if config.max_new_tokens >= context and kind_of_model(model) != ENCODER_DECODER:
         raise SettingsError(
             f"`max_new_tokens` is {config.max_new_tokens}, but the model's context, with the "
             f"prompt, is {context} tokens"
@@ -300,6 +300,6 @@ def _tokens(model: Any, question: Messages | str) -> list[int]:
     tokenizer = model.tokenizer
     if isinstance(question, str):
         # An encoder reads a whole text, its end included.
-        whole = reads_first(model)
+        whole = kind_of_model(model) == ENCODER_DECODER
         return list(tokenizer.encode(question) if whole else tokenizer.encode_prompt(question))
     return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))

@@ -25,16 +25,10 @@ from lora_jax.recipes.fitting import join
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
-from lora_jax.train.batches import (
-    Batch,
-    data_hash,
-    iterate,
-    loader,
-    once,
-)
+from lora_jax.train.batches import Batch, iterate, loader, once
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import check_causal, pad_id_of
-from lora_jax.train.examples import Example, examples
+from lora_jax.train.examples import Example, data_hash, examples
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.loss import Rows, losses_of
 from lora_jax.train.mesh import batch_on, rows_of

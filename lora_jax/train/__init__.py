@@ -19,6 +19,7 @@ from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluate, lora_loss
 from lora_jax.train.examples import Example, examples, load_examples
 from lora_jax.train.flops import training_flops
+from lora_jax.train.images import image_examples, load_folder
 from lora_jax.train.jsonl import Record, load_jsonl, record_of
 from lora_jax.train.loop import Hooks, Result, fit
 from lora_jax.train.loss import cross_entropy, losses_of, outputs_of, summed_loss
@@ -54,9 +55,11 @@ __all__ = [
     "examples",
     "fit",
     "format_memory",
+    "image_examples",
     "init_state",
     "iterate",
     "load_examples",
+    "load_folder",
     "load_jsonl",
     "loader",
     "lora_loss",

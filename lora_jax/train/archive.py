@@ -25,8 +25,9 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.config.peft import MAPPED
 from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
-from lora_jax.train.batches import Loader, data_hash
+from lora_jax.train.batches import Loader
 from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.train.examples import data_hash
 from lora_jax.train.step import TrainState
 
 

@@ -15,8 +15,7 @@ Positions that only fill up P have weight 0. All P are distinct, so that the gra
 without collisions, which is deterministic on every device.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,6 +49,7 @@ class Batch(NamedTuple):
       segments: int32 (A, B, T): 1, 2, ... in a row's examples, or in both texts of its pair, 0 at
         padding; None of rows that are not packed, unless the loader is `segmented`.
       reads: int32 (A, B, S): what an encoder-decoder's encoder reads, -1 at padding; else None.
+      images: float32 (A, B, C, H, W), what an encoder of images reads; else None.
     """
 
     tokens: np.ndarray
@@ -58,6 +58,7 @@ class Batch(NamedTuple):
     weights: np.ndarray
     segments: np.ndarray | None = None
     reads: np.ndarray | None = None
+    images: np.ndarray | None = None
 
 
 class Item(NamedTuple):
@@ -280,7 +281,12 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2) -> Any:
 
 def once(loader: Loader) -> list[Batch]:
     """Every example once, in batches of a fixed order, for evaluation."""
-    return [make_batch(loader, bucket) for bucket in _once(loader)]
+    return list(one_by_one(loader))
+
+
+def one_by_one(loader: Loader) -> Iterator[Batch]:
+    """The batches of `once`, each made when it is asked for."""
+    return (make_batch(loader, bucket) for bucket in _once(loader))
 
 
 def make_batch(loader: Loader, bucket: Bucket) -> Batch:
@@ -310,6 +316,7 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
         *(x.reshape(loader.accumulation, -1, *x.shape[2:]) for x in (positions, *others)),
         segments=segments.reshape(shape) if loader.segmented else None,
         reads=_reads(loader, rows, bucket.rung),
+        images=_images(loader, rows),
     )
 
 
@@ -322,6 +329,12 @@ def _reads(loader: Loader, rows: Sequence[Sequence[Example]], rung: int) -> np.n
         assert example.read is not None
         row[: len(example.read)] = example.read
     return reads.reshape(loader.accumulation, -1, reads.shape[1])
+
+
+def _images(loader: Loader, rows: Sequence[Sequence[Example]]) -> np.ndarray | None:
+    """What the model reads of each row's image."""
+    pixels = [example.image.floats() for (example, *_) in rows if example.image is not None]
+    return np.reshape(pixels, (loader.accumulation, -1, *pixels[0].shape)) if pixels else None
 
 
 def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
@@ -337,7 +350,8 @@ def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
     spread = (*positions.shape, *(1 for _ in one))
     learned = np.where(weights.reshape(spread) > 0, targets, -1)
     np.put_along_axis(whole, positions.reshape(spread), learned, axis=positions.ndim - 1)
-    others = (np.asarray(x) for x in (batch.segments, batch.reads) if x is not None)
+    read = (batch.segments, batch.reads, batch.images)
+    others = (np.asarray(x) for x in read if x is not None)
     return (tokens, whole, *others)
 
 
@@ -378,19 +392,6 @@ def _pick(wanted: np.ndarray, places: int) -> np.ndarray:
     chosen = wanted.copy()
     chosen[np.flatnonzero(~wanted)[:fill]] = True
     return np.flatnonzero(chosen).astype(np.int32)
-
-
-def data_hash(data: Sequence[Example]) -> str:
-    """A hash of all tokens of a dataset and their `learned` marks, in order."""
-    digest = hashlib.sha256()
-    for example in data:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
-        digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
-        for more in (example.targets, example.types, example.read):
-            digest.update(b"" if more is None else np.ascontiguousarray(more).tobytes())
-    # 64 bits are enough against a mistake, which is all that this guards against.
-    return digest.hexdigest()[:16]
 
 
 def padding_share(loader: Loader) -> float:

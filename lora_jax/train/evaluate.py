@@ -1,5 +1,6 @@
 """Evaluation: the mean loss on held-out data; also the loss function that training uses."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,26 +9,28 @@ import jax
 from lora_jax.array import is_leaf, is_lora
 from lora_jax.config.arguments import SettingsError
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
-from lora_jax.models.vit import ImageForward
-from lora_jax.train.batches import Batch, loader, once
+from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
+from lora_jax.train.batches import Loader, loader, one_by_one
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
-from lora_jax.train.loss import TOGETHER, Rows, losses_of, reads_both_ways, summed_loss
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, trained_and_frozen
+
+_AHEAD = 16  # batches
 
 
 class Evaluator(NamedTuple):
     """An evaluation that can be repeated without recompiling.
 
     Attributes:
-      batches: batches with every example once.
+      layout: the examples, which are batched anew at each evaluation.
       programs: the compiled functions by batch shape, `(trainable, frozen, batch) -> summed loss`.
     """
 
-    batches: Sequence[Batch]
+    layout: Loader
     programs: Programs
     at: Placement | None
 
@@ -92,16 +95,19 @@ def evaluator(
         rows=rows,
         segmented=whole_rows(model),
     )
-    return Evaluator(once(layout), Programs(summed), at)
+    return Evaluator(layout, Programs(summed), at)
 
 
 def mean_loss(prepared: Evaluator, trainable: Any, frozen: Any) -> float:
     """Mean cross entropy of all learned tokens, in nats."""
-    batches = (batch_on(batch, prepared.at) for batch in prepared.batches)
-    # All batches are sent off before the first sum is waited for.
-    sums = [prepared.programs(trainable, frozen, batch) for batch in batches]
-    tokens = sum(float(batch.weights.sum()) for batch in prepared.batches)
-    return sum(float(s) for s in sums) / tokens
+    total, count, ahead = 0.0, 0.0, deque[Any]()
+    for batch in one_by_one(prepared.layout):
+        # Sent off before earlier sums are waited for; of all batches images would fill the device.
+        ahead.append(prepared.programs(trainable, frozen, batch_on(batch, prepared.at)))
+        count += float(batch.weights.sum())
+        if len(ahead) > _AHEAD:
+            total += float(ahead.popleft())
+    return (total + sum(float(s) for s in ahead)) / count
 
 
 def evaluate(
@@ -133,10 +139,15 @@ def check_causal(model: Any) -> None:
     """Refuses an encoder without the head of a task: its outputs depend on what they predict.
 
     Raises:
-      ValueError: it is one, or reads images.
+      ValueError: it is one, of texts or images.
     """
-    _check_texts(model)
-    if reads_both_ways(model) and goal_of(model.config) is None:
+    if kind_of_model(model) == IMAGE_ENCODER and goal_of(model.config) is None:
+        raise SettingsError(
+            f"`model` is a `{model.config.model_type}` without a head, which has no loss: name "
+            "`labels` to classify images, or train it in a loop of your own "
+            "(`lora_jax.lorafy(model.apply)`)"
+        )
+    if kind_of_model(model) == ENCODER and goal_of(model.config) is None:
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "
             "tokens that they would have to predict: pass a decoder, name `labels` to classify "
@@ -149,9 +160,8 @@ def tokenizer_of(model: Any) -> Any:
     """The model's tokenizer.
 
     Raises:
-      ValueError: it has none, or reads images.
+      ValueError: it has none.
     """
-    _check_texts(model)
     if model.tokenizer is None:
         raise ValueError(
             "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
@@ -159,19 +169,10 @@ def tokenizer_of(model: Any) -> Any:
     return model.tokenizer
 
 
-def _check_texts(model: Any) -> None:
-    if isinstance(getattr(model, "forward", None), ImageForward):
-        raise SettingsError(
-            f"`model` is a `{model.config.model_type}`, which reads images, and the rows of data "
-            "and prompts are texts: train and call it in a program of your own "
-            "(`lora_jax.lorafy(model.apply)`, see guides/images)"
-        )
-
-
 def whole_rows(model: Any) -> bool:
     """Whether the loss reads which tokens of a row are real: an encoder's, and that of answers."""
     goal = goal_of(getattr(model, "config", None))
-    return reads_both_ways(model) or (goal is not None and goal.per == "answer")
+    return kind_of_model(model) == ENCODER or (goal is not None and goal.per == "answer")
 
 
 def pad_id_of(tokenizer: Any) -> int:

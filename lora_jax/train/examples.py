@@ -5,6 +5,7 @@ there is no token before it to predict it from. Of a model with the head of a ta
 the tokens that have a target of their own.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from lora_jax.config.arguments import SettingsError, kind_of, quoted
+from lora_jax.hf.images import Pixels
 from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.jsonl import Record, load_jsonl
@@ -35,6 +37,7 @@ class Example(NamedTuple):
         (`lora_jax.train.goals`); None where the tokens themselves are learned.
       types: int32 (T,), which of two texts a token belongs to; None for one text.
       read: int32 (S,), what an encoder-decoder's encoder reads; None for other models.
+      image: what an encoder of images reads, whose `tokens` are zeros, one a patch; else None.
     """
 
     tokens: Int32[np.ndarray, " t"]
@@ -43,6 +46,7 @@ class Example(NamedTuple):
     targets: np.ndarray | None = None
     types: Int32[np.ndarray, " t"] | None = None
     read: Int32[np.ndarray, " s"] | None = None
+    image: Pixels | None = None
 
     @property
     def count(self) -> int:
@@ -75,6 +79,19 @@ class Example(NamedTuple):
         """The same tokens, of which none is learned."""
         targets = None if self.targets is None else self.targets[:0]
         return self._replace(learned=np.zeros_like(self.learned), targets=targets)
+
+
+def data_hash(data: Sequence[Example]) -> str:
+    """A hash of all tokens of a dataset and their `learned` marks, in order."""
+    digest = hashlib.sha256()
+    for example in data:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+        digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
+        for more in (example.targets, example.types, example.read, *(example.image or ())):
+            digest.update(b"" if more is None else np.ascontiguousarray(more).tobytes())
+    # 64 bits are enough against a mistake, which is all that this guards against.
+    return digest.hexdigest()[:16]
 
 
 def load_examples(
@@ -134,7 +151,7 @@ def examples(
     # The records may be a generator, and are read twice.
     records, goal = list(records), goal_of(config)
     start = getattr(config, "decoder_start_token_id", None)
-    _check_records(records)
+    check_records(records)
     if (too_long == "windows") > (goal is not None and goal.per == "answer"):
         raise SettingsError('`too_long` "windows" is for answers in long contexts: use "truncate"')
     _check_answers(records)
@@ -174,7 +191,7 @@ def examples(
     return kept
 
 
-def _check_records(records: Sequence[Any]) -> None:
+def check_records(records: Sequence[Any]) -> None:
     """Refuses what is no record."""
     other = next((x for x in records if not isinstance(x, Record)), None)
     if other is not None:
@@ -355,5 +372,5 @@ def _of_a_head(record: Record, tokenizer: Any) -> list[Marked]:
 
 _FORMS = {
     "text": _text, "prompt": _completion, "messages": _chat, "tokens": _of_a_head,
-    "question": _of_a_head,
+    "question": _of_a_head, "image": _of_a_head,
 }  # fmt: skip

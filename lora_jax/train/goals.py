@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.heads import ANSWERS, CLASSIFICATION, TOKENS
+from lora_jax.models.vit_config import IMAGES
 
 
 def token_losses(logits: Float[Array, "p v"], targets: Int[AnyArray, " p"]) -> Float[Array, " p"]:
@@ -115,8 +116,8 @@ class Goal(NamedTuple):
     """What a head learns.
 
     Attributes:
-      name: the problem of a classifier of texts, else the task.
-      per: what has a target: a text, a token, or a text's answer, which is two of its tokens.
+      name: the problem of a classifier of texts or images, else the task.
+      per: what has a target: a text or an image, a token, or a text's answer, two of its tokens.
       loss: (P, C) logits and targets -> (P,); of answers `answer_losses`.
       score: (n, C) logits, targets and the classes' names -> what a run says of evaluation data;
         None for answers, whose texts are compared.
@@ -158,7 +159,7 @@ def goal_of(config: Any) -> Goal | None:
       ValueError: `problem_type` is none of transformers'.
     """
     task = getattr(config, "task", None)
-    if task != CLASSIFICATION:
+    if task not in (CLASSIFICATION, IMAGES):
         return GOALS.get(task or "")
     one = "regression" if len(config.labels) == 1 else "single_label_classification"
     name = config.problem_type or one

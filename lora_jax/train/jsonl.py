@@ -8,6 +8,7 @@
     {"text": "...", "labels": ["...", "..."]}                   several classes
     {"tokens": ["...", "..."], "labels": ["O", "..."]}          words, and the class of each
     {"question": "...", "context": "...", "answers": {...}}     SQuAD: the answer's place
+    {"image": "cats/1.jpg", "label": "cat"}                     a path, from the file's folder
     {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT: as messages
     {"instruction": "...", "input": "...", "output": "..."}     Alpaca: as messages
 
@@ -28,7 +29,7 @@ from lora_jax.files import half_character
 from lora_jax.train import messages
 from lora_jax.train.messages import Message, kind_of
 
-Form = Literal["prompt", "messages", "text", "tokens", "question"]
+Form = Literal["prompt", "messages", "text", "tokens", "question", "image"]
 
 # The fields of each form; the first names it in messages.
 _FORMS: Mapping[str, tuple[str, ...]] = {
@@ -37,11 +38,12 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
     "tokens": ("tokens",),
     "question": ("question", "context"),
+    "image": ("image",),
     "conversations": ("conversations",),
     "instruction": ("instruction", "output"),
 }
 # For heads of tasks: taken where there is no other form.
-_OF_HEADS = ("tokens", "question")
+_OF_HEADS = ("tokens", "question", "image")
 # Optional fields, which may be renamed too.
 _LABELS = ("label", "labels", "ner_tags", "answers")
 _MORE = ("input", "system", "tools", "documents", "text_pair", *_LABELS)
@@ -52,9 +54,10 @@ class Record(NamedTuple):
     """One training example as text.
 
     Attributes:
-      form: "prompt", "messages" or "text"; "tokens" or "question" for heads of tasks.
+      form: "prompt", "messages" or "text"; "tokens", "question" or "image" for heads of tasks.
       fields: (prompt, completion), (messages,), (text,) or (text, text_pair), (tokens,), (question,
-        context); a message is a dict with `role`, `content` and what else it has.
+        context), (image,); a message is a dict with `role`, `content` and what else it has, an
+        image as for `lora_jax.train.image_examples`.
       source: file and line for error messages: `data.jsonl:3`.
       options: further variables of the chat template: `tools`, `documents`, ...
       label: what a head learns, as the row has it: a class, by name or number, a number, a list of
@@ -87,10 +90,21 @@ def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = No
     if not path.is_file():
         what = "a directory, not a data file" if path.is_dir() else "no such data file"
         raise FileNotFoundError(f"{path}: {what}; expected JSON lines with {_HOW}")
-    records = [record_of(value, source=source, fields=fields) for value, source in _values(path)]
+    records = [
+        _beside(record_of(value, source=source, fields=fields), path.parent)
+        for value, source in _values(path)
+    ]
     if not records:
         raise ValueError(f"{path}: the dataset is empty; expected a JSON object a line with {_HOW}")
     return records
+
+
+def _beside(record: Record, folder: Path) -> Record:
+    """The record; the path of an image begins at a folder."""
+    if record.form != "image":
+        return record
+    (image,) = record.fields
+    return record._replace(fields=(str(folder / _text(image, "image", record.source)),))
 
 
 def _values(path: Path) -> Iterator[tuple[Any, str]]:
@@ -155,6 +169,8 @@ def record_of(
     given = {part: _get(value, names[part], source, hint) for part in _FORMS[form]}
     beside = {part: value[names[part]] for part in _MORE if value.get(names[part]) is not None}
     label = next((beside[name] for name in _LABELS if name in beside), None)
+    if form == "image":
+        return Record("image", (given["image"],), source, label=label)
     if form == "tokens":
         return Record(
             "tokens", (_words(given["tokens"], names["tokens"], source),), source, {}, label

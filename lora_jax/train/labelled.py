@@ -76,9 +76,18 @@ def rows_of(
     size = (len(labels),) if goal.floats else ()
     target = np.zeros(size, np.float32 if goal.floats else np.int32)
     if known:
-        target = _TARGETS[goal.name](record, labels)
+        target = target_of(record, goal, labels)
     last = np.arange(len(encoded.ids)) == len(encoded.ids) - 1
     return [Row(encoded.ids, encoded.type_ids, last, np.asarray(target)[None])]
+
+
+def target_of(record: Record, goal: Goal, labels: Sequence[str]) -> np.ndarray:
+    """The target of a whole text or image.
+
+    Raises:
+      ValueError: a label that is none.
+    """
+    return _TARGETS[goal.name](record, labels)
 
 
 _NEEDS = {

@@ -25,9 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
-from lora_jax.models.encoder import EncoderForward
-from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.models.layers import Specs, gather
+from lora_jax.models.registry import ENCODER, ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.train.goals import Goal, answer_losses, goal_of, token_losses
 from lora_jax.transform.low_rank import at_places
 
@@ -81,7 +80,7 @@ def outputs_of(model: Any) -> Callable:
         params: Any, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, " p"]
     ) -> Float[Array, "p v"]:
         # Shapes matter here: an encoder-decoder may read what it writes.
-        both = (tokens, tokens) if reads_first(model) else (tokens,)
+        both = (tokens, tokens) if kind_of_model(model) == ENCODER_DECODER else (tokens,)
         hidden = model.apply(params, *both, return_hidden=True)
         picked = pick(hidden, positions)[None]
         params = _head(model, params, picked).at(params, positions[None])
@@ -118,12 +117,14 @@ def losses_of(
       `losses(params, tokens, positions, targets, *, segments=None, reads=None)`: tokens int32
       (B, T), positions and targets int32 (P,), for packed rows segments int32 (B, T), and for an
       encoder-decoder reads int32 (B, S), -1 at padding; -log softmax(logits)[target], float32
-      (P,). Of a head of a task the loss is that of its `lora_jax.train.goals.Goal`, and targets are
-      as it has them, (P, ...).
+      (P,). An encoder of images has images float32 (B, C, H, W), and `tokens` only for their
+      shape. Of a head of a task the loss is that of its `lora_jax.train.goals.Goal`, and targets
+      are as it has them, (P, ...).
     """
     goal = goal_of(getattr(model, "config", None))
-    if goal is not None and (reads_both_ways(model) or goal.per == "answer"):
-        return _of_whole_texts(model, goal, rows)
+    whole = kind_of_model(model) in (ENCODER, IMAGE_ENCODER)
+    if goal is not None and (whole or goal.per == "answer"):
+        return _of_whole_rows(model, goal, rows)
     loss_of = token_losses if goal is None else goal.loss
 
     def losses(
@@ -175,22 +176,12 @@ def losses_of(
     return losses
 
 
-def reads_both_ways(model: Any) -> bool:
-    """Whether a model is an encoder, whose tokens attend to those after them too."""
-    return isinstance(getattr(model, "forward", None), EncoderForward)
-
-
-def reads_first(model: Any) -> bool:
-    """Whether a model is an encoder-decoder, which reads one text and writes another."""
-    return isinstance(getattr(model, "forward", None), EncoderDecoderForward)
-
-
-def _of_whole_texts(model: Any, goal: Goal, rows: Rows) -> Callable:
+def _of_whole_rows(model: Any, goal: Goal, rows: Rows) -> Callable:
     """`losses_of` of an encoder, and of answers: a text in a row, or two, the second in segment 2.
 
-    No token attends to padding.
+    No token attends to padding. A row of an encoder of images is an image.
     """
-    both_ways = reads_both_ways(model)
+    both_ways = kind_of_model(model) == ENCODER
     typed = both_ways and model.config.typed
 
     def losses(
@@ -199,13 +190,18 @@ def _of_whole_texts(model: Any, goal: Goal, rows: Rows) -> Callable:
         positions: Int[AnyArray, " p"],
         targets: AnyArray,
         *,
-        segments: Int[AnyArray, "b t"],
+        segments: Int[AnyArray, "b t"] | None = None,
+        images: Float[AnyArray, "b c h w"] | None = None,
     ) -> Float[Array, " p"]:
-        real = segments > 0
-        types = {"token_type_ids": (segments > 1).astype(tokens.dtype)} if typed else {}
-        logits = model.apply(params, tokens, **({"mask": real, **types} if both_ways else {}))
+        real, given = None, {}
+        if segments is not None:
+            real = segments > 0
+            types = {"token_type_ids": (segments > 1).astype(tokens.dtype)} if typed else {}
+            given = {"mask": real, **types} if both_ways else {}
+        logits = model.apply(params, tokens if images is None else images, **given)
         numbers = positions // tokens.shape[1]
         if goal.per == "answer":
+            assert real is not None
             return answer_losses(logits, real, numbers, targets)
         if goal.per == "token":
             found = _pick_apart(logits, positions, rows)
@@ -381,7 +377,7 @@ def summed_loss(losses: Callable) -> Callable:
     """
 
     def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
-        more = {"segments": batch.segments, "reads": batch.reads}
+        more = {"segments": batch.segments, "reads": batch.reads, "images": batch.images}
         packed = {name: x for name, x in more.items() if x is not None}
         inputs = (params, batch.tokens, batch.positions, batch.targets, key)
         each = losses(*inputs, **packed)

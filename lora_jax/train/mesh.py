@@ -82,6 +82,7 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
         "tokens": PartitionSpec(*first, at.rows, at.tokens),
         "segments": PartitionSpec(*first, at.rows),
         "reads": PartitionSpec(*first, at.rows),
+        "images": PartitionSpec(*first, at.rows),
     }
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
     return batch._replace(

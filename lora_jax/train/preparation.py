@@ -13,14 +13,15 @@ from lora_jax import processes
 from lora_jax.checkpoint.agreement import check_adapter
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.sharding import check_length
-from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
+from lora_jax.train.batches import Loader, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import check_causal, pad_id_of, whole_rows
-from lora_jax.train.examples import Example
+from lora_jax.train.examples import Example, data_hash
 from lora_jax.train.goals import Goal, goal_of
-from lora_jax.train.loss import TOGETHER, Rows, outputs_of, reads_first
+from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
@@ -207,7 +208,8 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
     """
     config = getattr(model, "config", None)
     if (goal := goal_of(config)) is not None:
-        known = model.config.vocab_size
+        # The tokens of an image are zeros.
+        known = getattr(model.config, "vocab_size", 1)
     else:
         logits = lorafy(outputs_of(model))
         # Shapes alone: nothing is computed.
@@ -216,7 +218,8 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
     for example in data:
         tokens = example.tokens
         _check_targets(example, goal, config)
-        if reads_first(model):
+        _check_image(example, model)
+        if kind_of_model(model) == ENCODER_DECODER:
             if example.read is None:
                 raise ValueError(
                     f"{example.source}: the example has nothing for the encoder to read; make it "
@@ -229,6 +232,23 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
                 f" {max(tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
                 f" {known - 1}; tokenize with the model's own tokenizer"
             )
+
+
+def _check_image(example: Example, model: Any) -> None:
+    """Refuses an image of another shape than the model's, or where it reads none."""
+    want, image = None, example.image
+    if kind_of_model(model) == IMAGE_ENCODER:
+        want = (model.config.num_channels, *model.config.image_size)
+    found = None if image is None else image.values.shape
+    if found != want:
+        raise ValueError(
+            f"{example.source}: the example has {_shown(found)}, and the model reads "
+            f"{_shown(want)}; make it with `{'examples' if want is None else 'image_examples'}`"
+        )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "text" if shape is None else f"images of shape {shape} (channels, height, width)"
 
 
 def _check_targets(example: Example, goal: Goal | None, config: Any) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
-from lora_jax.train.batches import _places_of, data_hash, padding_share
+from lora_jax.train.batches import _places_of, padding_share
 from lora_jax.train.buckets import plan_epoch, plan_once, rung_of, shuffled
+from lora_jax.train.examples import data_hash
 
 pytestmark = pytest.mark.once
 

@@ -96,7 +96,11 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
 
 
 def renamed(name: str) -> str:
-    """A name of a checkpoint's router as transformers 5 and PEFT have it."""
+    """A name of a checkpoint's router, or of ViT's blocks, as transformers 5 and PEFT have it."""
+    plain, index = without_numbers(name, VIT)
+    for ours, (theirs, *_) in VIT.moved:
+        if plain.endswith(theirs):
+            return module_name(plain.removesuffix(theirs) + ours, index)
     return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 

@@ -1,0 +1,184 @@
+"""What a vision transformer reads of an image, as its preprocessor_config.json says.
+
+    x = (f p - mean) / std        p a resized image's pixels, 0 to 255; f is 1/255
+
+As transformers' `ViTImageProcessor` does with Pillow, which resizes whole numbers to whole numbers.
+What is transparent is white.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from lora_jax.compat import require
+from lora_jax.config.arguments import check_count, kind_of
+from lora_jax.files import read_object
+
+FILE = "preprocessor_config.json"
+# Fields that change no pixels.
+_NAMES = (
+    "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb",
+    "return_tensors", "data_format", "input_data_format", "device", "_valid_processor_keys",
+    "disable_grouping", "crop_size", "pad_size", "default_to_square", "image_seq_length",
+)  # fmt: skip
+# Pillow's modes of more than 8 bits, which `convert` would cut off at 255.
+_DEEP = ("I", "F")
+
+
+class Pixels(NamedTuple):
+    """The pixels of an image; those of a file are kept as whole numbers, a quarter of the memory.
+
+    Attributes:
+      values: (C, H, W), floats as the model reads them, or whole numbers.
+      scale, shift: (C, 1, 1), of whole numbers.
+    """
+
+    values: Num[np.ndarray, "c h w"]
+    scale: Float[np.ndarray, "c 1 1"] | None = None
+    shift: Float[np.ndarray, "c 1 1"] | None = None
+
+    def floats(self) -> Float[np.ndarray, "c h w"]:
+        """What the model reads."""
+        found = self.values.astype(np.float32)
+        if self.scale is None or self.shift is None:
+            return found
+        return found * self.scale + self.shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """How images are resized and normalized; fields have Hugging Face's names.
+
+    Attributes:
+      size: height and width, in pixels.
+      resample: number of Pillow's filter; 2 is bilinear, 3 bicubic.
+      rescale_factor: of whole numbers.
+      image_mean, image_std: of each channel.
+      do_resize, do_rescale, do_normalize: whether it does so.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resample: int = 2
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        for length in self.size:
+            check_count("size", length)
+        if self.resample not in range(6):
+            raise ValueError(f"`resample` must be a number from 0 to 5, got {self.resample!r}")
+        many = len(self.image_mean), len(self.image_std)
+        if many not in ((1, 1), (3, 3)) or not all(self.image_std):
+            raise ValueError(
+                "`image_mean` and `image_std` must be a number a channel, 1 or 3, and no deviation "
+                f"0, got {self.image_mean} and {self.image_std}"
+            )
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "ImageProcessor":
+        """Reads the object in preprocessor_config.json.
+
+        Raises:
+          ValueError: a field whose value changes pixels and is not supported.
+        """
+        known = {name: raw[name] for name in _FIELDS if raw.get(name) is not None}
+        left = {name: raw[name] for name in raw if name not in (*_FIELDS, *_NAMES)}
+        more = [name for name, value in left.items() if value not in (None, False)]
+        if more:
+            raise ValueError(
+                f"field `{more[0]}` = {raw[more[0]]!r} is not supported: process the images "
+                "with transformers' AutoImageProcessor, and give the arrays"
+            )
+        if "size" in known:
+            known["size"] = _size(known["size"])
+        for name in ("image_mean", "image_std"):
+            if name in known:
+                known[name] = tuple(np.atleast_1d(known[name]).astype(float).tolist())
+        return ImageProcessor(**known)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object for preprocessor_config.json; `from_hf` reads it back."""
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        named = {"image_processor_type": "ViTImageProcessor"}
+        return {**named, **fields, "size": dict(zip(("height", "width"), self.size, strict=True))}
+
+    def __call__(self, image: Any) -> Pixels:
+        """The pixels that a model reads of an image.
+
+        Args:
+          image: path of a file, Pillow's image, or whole numbers (H, W, C) or (H, W), 0 to 255.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: a file that is no image, or one of more than 8 bits a channel.
+        """
+        values = self._resized(image)
+        count = len(values)
+        mean, std = np.zeros(count), np.ones(count)
+        if self.do_normalize:
+            mean, std = np.asarray(self.image_mean), np.asarray(self.image_std)
+        factor = self.rescale_factor if self.do_rescale else 1.0
+        scale, shift = (x.astype(np.float32)[:, None, None] for x in (factor / std, -mean / std))
+        return Pixels(values, scale, shift)
+
+    def _resized(self, image: Any) -> Num[np.ndarray, "c h w"]:
+        pillow, ops = require("PIL.Image"), require("PIL.ImageOps")
+        path = image if isinstance(image, str | Path) else None
+        if isinstance(image, np.ndarray):
+            image = pillow.fromarray(image)
+        elif path is None and not isinstance(image, pillow.Image):
+            raise ValueError(f"an image must be a path, Pillow's or an array, got {kind_of(image)}")
+        try:
+            opened: Any = image if path is None else pillow.open(path)
+            if opened.mode.startswith(_DEEP):
+                raise ValueError(f"{opened.mode} pixels have more than 8 bits: convert them first")
+            # Cameras write how an image was held beside its pixels.
+            plain = ops.exif_transpose(opened)
+            if plain.has_transparency_data:
+                white = pillow.new("RGBA", plain.size, "white")
+                plain = pillow.alpha_composite(white, plain.convert("RGBA"))
+            plain = plain.convert("L" if len(self.image_mean) == 1 else "RGB")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such image") from None
+        except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+            raise ValueError(f"{path or 'image'}: not an image that can be read: {error}") from None
+        if self.do_resize:
+            plain = plain.resize(self.size[::-1], resample=self.resample)
+        found = np.asarray(plain)
+        return found[None] if found.ndim == 2 else np.ascontiguousarray(np.moveaxis(found, -1, 0))
+
+
+_FIELDS = tuple(ImageProcessor.__dataclass_fields__)
+
+
+def _size(given: Any) -> tuple[int, int]:
+    """Height and width, of a number or an object with both."""
+    if isinstance(given, int):
+        return given, given
+    if isinstance(given, Mapping) and set(given) == {"height", "width"}:
+        return given["height"], given["width"]
+    raise ValueError(
+        f"`size` must be a number, or height and width, got {given!r}: process the images with "
+        "transformers' AutoImageProcessor, and give the arrays"
+    )
+
+
+def read_processor(directory: Path) -> ImageProcessor | None:
+    """The processor of a Hugging Face directory, or None where it has none.
+
+    Raises:
+      ValueError: a broken file, or one that is not supported.
+    """
+    raw = read_object(directory / FILE, optional=True)
+    try:
+        return ImageProcessor.from_hf(raw) if raw else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / FILE}: {error}") from None
