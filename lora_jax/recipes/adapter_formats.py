@@ -147,6 +147,7 @@ def _save_peft(
         adapter.config,
         base_model_name=base_model_name,
         target=target,
+        model_type=adapter.model.config.model_type,
     )
 
 

@@ -196,7 +196,13 @@ def finetune(
         what = "images" if held_out[0].form == "image" else "texts"
         log(f"{said} on the {len(held_out)} {what} of {job.eval_data}")
     adapter = output / ADAPTER
-    hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
+    hf.save_peft(
+        adapter,
+        result.lora_params,
+        lora_config,
+        base_model_name=hub_name(job.model),
+        model_type=model.config.model_type,
+    )
     if processes.is_first():
         write_form(adapter, form, head)
     log(f"wrote the adapter to {adapter}")

@@ -16,10 +16,11 @@ BACKEND = "transformers"
 
 
 class Taken(NamedTuple):
-    """What a model takes: whether adapters at all, and the names of modules (None: any)."""
+    """What a model takes: adapters at all, names of modules (None: any), all experts in one."""
 
     adapters: bool
     modules: set[str] | None
+    together: bool = False
 
 
 def root() -> Path:
@@ -44,7 +45,11 @@ def taken(architecture: str) -> Taken | None:
     packed = next((x for c in line if (x := _literal(classes[c], "packed_modules_mapping"))), {})
     tables = next((x for c in line if (x := _literal(classes[c], "embedding_modules"))), {})
     names = {name for one in linears for name in packed.get(one, [one])}
-    return Taken(any("SupportsLoRA" in _bases(classes[c]) for c in line), names | {*tables})
+    return Taken(
+        any("SupportsLoRA" in _bases(classes[c]) for c in line),
+        names | {*tables},
+        any(_literal(classes[c], "is_3d_moe_weight") for c in line),
+    )
 
 
 def _classes(models: Path, module: str) -> tuple[dict[str, ast.ClassDef], set[str]]:

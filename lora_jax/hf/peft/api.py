@@ -45,6 +45,7 @@ from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.settle import plannable
+from lora_jax.hf.peft.tensors import SWAPPED
 from lora_jax.hf.peft.tying import HEAD, TYING, check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.multi.single import check_single
@@ -173,7 +174,9 @@ def attach(
     leaves = leaves_by_path(params)
     tensors = without_module(tensors, leaves, source)
     config, tensors = respelled(config, tensors, map(bare, leaves))
-    config, tensors = fused(config, tensors, map(bare, leaves), source)
+    config, tensors = fused(
+        config, tensors, map(bare, leaves), source, swapped=model_type in SWAPPED
+    )
     places = None if name_map is None else places_of(leaves, name_map)
     planned = partial(
         _plan, leaves=leaves, places=places, plan_of=plan_of, source=source, name_map=name_map
@@ -303,7 +306,7 @@ def save_peft(
     model_type = model_type or model_type_of(base_model_name)
     fields, tensors = with_task(leaves, config, task_type, model_type=model_type)
     if target == "vllm":
-        fields, tensors = for_vllm(fields, tensors, config)
+        fields, tensors = for_vllm(fields, tensors, config, model_type=model_type)
     if base_model_name is not None:
         check_names(tensors, base_model_name)
         fields["base_model_name_or_path"] = base_model_name

@@ -215,7 +215,9 @@ def _write(
     text: str,
 ) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), "utf-8")
-    save_file(dict(tensors), folder / TENSOR_FILE, metadata=metadata)
+    # safetensors writes the bytes of an array as they lie in memory.
+    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    save_file(whole, folder / TENSOR_FILE, metadata=metadata)
     # safetensors writes the metadata, which come first, in a random order: files of equal content
     # get equal bytes.
     first = json.dumps({"__metadata__": metadata}, separators=(",", ":"))[:-1].encode()

@@ -1,4 +1,4 @@
-"""Adapters from before transformers 5, where each expert was a few linear layers.
+"""Adapters of each expert's linear layers, from before transformers 5 and for vLLM.
 
 transformers 5 has the experts of a block in two arrays, gate beside up, which `target_parameters`
 names. An expert's adapters of gate and up, of rank r each, become one of rank 2r: both A's below
@@ -24,15 +24,19 @@ _LAYERS: Mapping[str, _Layer] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
 _KEY = re.compile(
-    r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)"
-    r"\.lora_(?P<part>[AB])\.weight"
+    r"(?P<module>.+\.experts)\.(?P<expert>\d+)\.(?P<layer>\w+)\.lora_(?P<part>[AB])\.weight"
 )
-# (block, layer, "A" or "B") -> the tensors of its experts, by number
+# (module of a block's experts, layer, "A" or "B") -> the tensors of its experts, by number
 _Found = dict[tuple[str, _Layer, str], dict[int, np.ndarray]]
 
 
 def fused(
-    config: LoraConfig, tensors: Mapping[str, np.ndarray], paths: Iterable[str], source: str
+    config: LoraConfig,
+    tensors: Mapping[str, np.ndarray],
+    paths: Iterable[str],
+    source: str,
+    *,
+    swapped: bool = False,
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """An adapter as transformers 5 has its modules, where the model has fused experts.
 
@@ -41,6 +45,7 @@ def fused(
       tensors: PEFT's tensors by name.
       paths: of the model's leaves.
       source: what messages call the adapter.
+      swapped: PEFT takes the outputs of the model's experts for their inputs.
 
     Raises:
       ValueError: some experts lack an adapter, ranks differ, or a pattern names single experts.
@@ -52,29 +57,30 @@ def fused(
         if match is None or match["layer"] not in _LAYERS:
             rest[renamed(key)] = tensor
             continue
-        place = (match["block"], _LAYERS[match["layer"]], match["part"])
+        module = match["module"].replace(".block_sparse_moe.", ".mlp.")
+        place = (module, _LAYERS[match["layer"]], match["part"])
         found.setdefault(place, {})[int(match["expert"])] = tensor
     if not found or not any(path.endswith(FUSED) for path in paths):
         return config, dict(tensors)
     _check_patterns(config, source)
     entries, ranks = [], set()
-    for block in dict.fromkeys(block for block, _, _ in found):
-        module = f"{block}.mlp.experts"
-        layers: set[_Layer] = {layer for place, layer, _ in found if place == block}
+    for module in dict.fromkeys(module for module, _, _ in found):
+        layers: set[_Layer] = {layer for place, layer, _ in found if place == module}
         if len(layers & {"gate", "up"}) == 1:
             raise ValueError(
-                f"{source}: of the experts in `{block}` only one of gate and up has an adapter; "
+                f"{source}: of the experts in `{module}` only one of gate and up has an adapter; "
                 "they are one array in this model, and both need one"
             )
         # PEFT nests the adapters of a module's parameters: the first one is the inner one.
         inner = ".base_layer" if {"gate", "down"} <= layers else ""
-        pairs = {layer: _stacked(found, block, layer, source) for layer in layers}
+        pairs = {layer: _stacked(found, module, layer, source) for layer in layers}
         if "gate" in pairs:
             ranks.add(pairs["gate"][0].shape[1])
-            rest |= _in_one(f"{module}{inner}", *_side_by_side(pairs["gate"], pairs["up"], source))
+            both = _side_by_side(pairs["gate"], pairs["up"], source)
+            rest |= in_one(f"{module}{inner}", *both, swapped=swapped)
             entries.append(f"{module}.gate_up_proj".removeprefix(PREFIX))
         if "down" in pairs:
-            rest |= _in_one(module, *pairs["down"])
+            rest |= in_one(module, *pairs["down"], swapped=swapped)
             entries.append(f"{module}.down_proj".removeprefix(PREFIX))
     if len(ranks) > 1:
         raise ValueError(f"{source}: experts of different blocks have ranks {sorted(ranks)}")
@@ -91,21 +97,21 @@ def _check_patterns(config: LoraConfig, source: str) -> None:
 
 
 def _stacked(
-    found: _Found, block: str, layer: _Layer, source: str
+    found: _Found, module: str, layer: _Layer, source: str
 ) -> tuple[Float[np.ndarray, "e r in"], Float[np.ndarray, "e out r"]]:
     """A and B of all experts."""
     stacks = []
     for part in ("A", "B"):
-        experts = found.get((block, layer, part), {})
+        experts = found.get((module, layer, part), {})
         if sorted(experts) != list(range(len(experts))) or not experts:
             raise ValueError(
-                f"{source}: in `{block}` the experts {sorted(experts)} have a lora_{part} of "
+                f"{source}: in `{module}` the experts {sorted(experts)} have a lora_{part} of "
                 f"{layer}; all of them, from 0 on, need one"
             )
         shapes = {x.shape for x in experts.values()}
         if len(shapes) > 1:
             raise ValueError(
-                f"{source}: the experts' lora_{part} of {layer} in `{block}` have the shapes "
+                f"{source}: the experts' lora_{part} of {layer} in `{module}` have the shapes "
                 f"{sorted(shapes)}; all need one rank"
             )
         stacks.append(np.stack([experts[i] for i in range(len(experts))]))
@@ -124,10 +130,15 @@ def _side_by_side(
     return np.concatenate((gate[0], up[0]), 1), np.concatenate(rows, 1)
 
 
-def _in_one(
-    module: str, a: Float[np.ndarray, "e r in"], b: Float[np.ndarray, "e out r"]
+def in_one(
+    module: str,
+    a: Float[np.ndarray, "e r in"],
+    b: Float[np.ndarray, "e out r"],
+    *,
+    swapped: bool = False,
 ) -> dict[str, np.ndarray]:
-    """PEFT's tensors of a parameter: (E·r, in) and (out, r·E)."""
+    """PEFT's tensors of a parameter: (E·r, in) and (out, r·E), or (E·r, out) and (in, r·E)."""
+    a, b = (b.swapaxes(1, 2), a.swapaxes(1, 2)) if swapped else (a, b)
     return {
         f"{module}.lora_A.weight": a.reshape(-1, a.shape[2]),
         f"{module}.lora_B.weight": b.transpose(1, 2, 0).reshape(b.shape[1], -1),

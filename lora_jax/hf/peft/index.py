@@ -222,6 +222,14 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     return replace(config, target_parameters=(*config.target_parameters, *entries), **patterns)
 
 
+def parameters_in(config: LoraConfig, module: str) -> list[str]:
+    """Full names of a module's parameters that target_parameters names, as PEFT nests them."""
+    ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.target_parameters)
+    full = [f"{module}.{end}" for end in ends]
+    found = [name for name in full if matching.names_parameter(config, name)]
+    return sorted(found, key=lambda name: _registered(config, name))
+
+
 def their_parameter(path: str) -> str:
     """PEFT's name of the parameter at a path: `weight` for the `kernel` of a linear layer."""
     last = path.rpartition(".")[2]

@@ -80,7 +80,7 @@ class _Layout(NamedTuple):
 
 # Families whose class in transformers stores experts as (experts, in, out) without setting
 # `is_transposed`: PEFT then takes the outputs for the inputs. In all others it is right.
-_SWAPPED = ("llama4", "llama4_text")
+SWAPPED = ("llama4", "llama4_text")
 
 
 def tensor_specs(
@@ -236,7 +236,7 @@ def _is_swapped(
             'class in transformers, which is not known here: pass model_type ("gpt_oss", '
             '"llama4_text", ... as in config.json)'
         )
-    return model_type in _SWAPPED
+    return model_type in SWAPPED
 
 
 def _parameter_layouts(row: IndexRow) -> tuple[dict[Part, _Layout], dict[Part, _Layout]]:

@@ -220,6 +220,51 @@ def test_our_adapter_in_peft_and_back(family, case, saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.parametrize("family, case", rows(OURS, [("llama4_text", "all-linear")]))
+def test_an_adapter_written_for_vllm_is_read_here(family, case, saved, tmp_path):
+    base = lora.models.load(saved(family)[1])
+    config = lora.LoraConfig(rank=2, alpha=4, **of(family, OURS[case]))
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = noisy(lora.init(jax.random.key(0), plan, base.params))
+    save_peft(tmp_path / "a", params, config, target="vllm", model_type=family)
+    again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type=family)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-5), lora.merge(again), lora.merge(params)
+    )
+
+
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
+def test_peft_reads_what_is_written_for_vllm(family, saved, tmp_path):
+    """A module for each expert's layers, as before transformers 5."""
+    there, directory = saved(family)
+    base = lora.models.load(directory)
+    config = lora.LoraConfig(rank=2, alpha=4, target_modules="all-linear")
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = noisy(lora.init(jax.random.key(0), plan, base.params))
+    save_peft(tmp_path / "a", params, config, target="vllm", model_type=family)
+    want = peft_reads(
+        f"{PLACE}/{family}/for vLLM",
+        tmp_path / "a",
+        lambda: copy.deepcopy(there()),
+        torch_logits,
+        same_state=False,
+    )
+    close(want, jax_logits(base.apply, params, strict=True))
+
+
+def test_experts_for_vllm_need_the_models_type(saved, tmp_path):
+    base = lora.models.load(saved("mixtral")[1])
+    config = lora.LoraConfig(rank=2, target_modules=("down_proj",))
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = lora.init(jax.random.key(0), plan, base.params)
+    with pytest.raises(
+        ValueError, match="vLLM names the experts in `model.layers.0.mlp.experts` by"
+    ):
+        save_peft(tmp_path / "a", params, config, target="vllm")
+    with pytest.raises(ValueError, match=r"MLX cannot serve an adapter with adapted parameters"):
+        lora.hf.save_mlx(tmp_path / "b", params, config)
+
+
 def test_a_directory_of_mixtral_is_the_base_of_its_adapter(saved, tmp_path):
     """transformers 5 renames the modules of its files."""
     directory = saved("mixtral")[1]
