@@ -168,7 +168,7 @@ MORE = [
     Fault("hf/peft/load.py", "scale[row.layer] = row.scale", "scale[row.layer] = rows[0].scale",
           PEFT),
     Fault("hf/peft/index.py", "scale=found.scale)", "scale=found.alpha / found.rank)", PEFT),
-    Fault("hf/peft/vllm.py", "np.float32(1 if uniform else scales[module])", "np.float32(1)",
+    Fault("hf/peft/vllm.py", "np.float32(1 if uniform else pair.scale)", "np.float32(1)",
           "tests/hf/peft/test_directory.py tests/hf/peft/test_peft.py"),
     Fault("hf/peft/vllm.py", '"lora_alpha": rank, "use_rslora": False', '"lora_alpha": rank',
           "tests/hf/peft/test_directory.py tests/hf/peft/test_peft.py"),

@@ -72,7 +72,16 @@ FAULTS = [
     *in_file(
         "hf/peft/vllm.py",
         "tests/hf/peft/test_directory.py tests/hf/peft/test_peft.py",
-        ("set(ranks.values()) == {config.rank} and", "True and"),
+        ("ranks == {config.rank} and", "True and"),
+    ),
+    *in_file(
+        "hf/peft/vllm.py",
+        "tests/hf/peft/test_experts.py",
+        ("name = own[-outer] if own", "name = own[0] if own"),
+        ("-1).transpose(2, 0, 1)", "-1).transpose(2, 0, 1)[::-1]"),
+        ("gate_up.b[:, :width], gate_up.b[:, width:]", "gate_up.b[:, width:], gate_up.b[:, :width]"),
+        ("(outs // 2, ins) if both[0]", "(outs, ins) if both[0]"),
+        ("if swapped else (a, b)", "if not swapped else (a, b)"),
     ),
     *in_file(
         "hf/peft/base.py",
