@@ -79,7 +79,7 @@ FAULTS = [
         "tests/hf/peft/test_experts.py",
         ("name = own[-outer] if own", "name = own[0] if own"),
         ("-1).transpose(2, 0, 1)", "-1).transpose(2, 0, 1)[::-1]"),
-        ("gate_up.b[:, :width], gate_up.b[:, width:]", "gate_up.b[:, width:], gate_up.b[:, :width]"),
+        ("gate_up.b[:, :width], gate", "gate_up.b[:, width:], gate"),
         ("(outs // 2, ins) if both[0]", "(outs, ins) if both[0]"),
         ("if swapped else (a, b)", "if not swapped else (a, b)"),
     ),
