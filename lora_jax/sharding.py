@@ -192,7 +192,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         params,
         is_leaf=is_leaf,
     )
-    _warn_of_whole(whole, mesh, rules, stacklevel=4)  # the caller of `place`
+    _warn_of_whole(whole, mesh.shape, rules, stacklevel=4)  # the caller of `place`
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), found, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
@@ -232,7 +232,7 @@ def spreading(
         )
     whole = _Whole([], [])
     yield lambda path, x: leaf_sharding(path, x, mesh, rules, whole=whole)
-    _warn_of_whole(whole, mesh, rules, stacklevel=5)  # the caller of the loader
+    _warn_of_whole(whole, mesh.shape, rules, stacklevel=5)  # the caller of the loader
 
 
 class _Whole(NamedTuple):
@@ -242,9 +242,11 @@ class _Whole(NamedTuple):
     unnamed: list[str]  # matrices that no row of the rules matches
 
 
-def _warn_of_whole(whole: _Whole, mesh: Mesh, rules: Rules, *, stacklevel: int) -> None:
+def _warn_of_whole(
+    whole: _Whole, mesh_shape: Mapping[str, int], rules: Rules, *, stacklevel: int
+) -> None:
     """Warns of what devices along an axis hold whole, once for each cause."""
-    shape, known = dict(mesh.shape), _axes(rules)
+    shape, known = dict(mesh_shape), _axes(rules)
     texts = []
     if whole.undivided:
         texts.append(
@@ -312,8 +314,30 @@ def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
             f"`mesh_shape` has the axis {quoted(unknown)}, and the rules name "
             f"{quoted(_axes(rules))}: take their axes, or rules that name yours"
         )
+    return _specs(shapes, rules, mesh_shape, whole=None)
+
+
+def placed_specs(
+    shapes: Any, rules: Rules, mesh_shape: Mapping[str, int], *, stacklevel: int | None = None
+) -> Any:
+    """As `specs`, of the weights as `place` spreads them: what no axis divides stays whole.
+
+    Args:
+      shapes, rules, mesh_shape: as of `specs`.
+      stacklevel: of `place`'s warning of what stays whole; None does not warn.
+    """
+    whole = _Whole([], [])
+    found = _specs(shapes, rules, mesh_shape, whole=whole)
+    if stacklevel is not None:
+        _warn_of_whole(whole, mesh_shape, rules, stacklevel=stacklevel + 1)
+    return found
+
+
+def _specs(
+    shapes: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: _Whole | None
+) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=None),
+        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=whole),
         shapes,
         is_leaf=is_leaf,
     )

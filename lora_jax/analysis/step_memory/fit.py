@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,10 +202,13 @@ def _devices(
         mesh = {**settings.mesh, "fsdp": count}
         rows = mesh["data"] * count
         batch = -(-settings.batch // rows) * rows  # rounded up to whole rows of every device
-        try:
-            return estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
-        except ValueError:  # `fsdp` divides no dim of some matrix, nor does any multiple of it
-            return None
+        # Where `fsdp` divides no dim of some matrix, nor does any multiple of it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="every device holds all of")
+            try:
+                return estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
+            except UserWarning:
+                return None
 
     first = 2 * settings.mesh["fsdp"]
     counts = [first << i for i in range((_MOST_DEVICES // first).bit_length())]

@@ -28,7 +28,7 @@ from lora_jax.quant.formats import FormatName
 from lora_jax.quant.loading import is_kernel
 from lora_jax.quant.scales import HELD, HeldName
 from lora_jax.quantize import quantize
-from lora_jax.sharding import partition_specs, specs
+from lora_jax.sharding import partition_specs, placed_specs
 from lora_jax.train import mesh as meshes
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
@@ -229,7 +229,7 @@ def _on_mesh(
     """The decoder and the rows of its batch on a mesh, as `train.fit` has them."""
     if at is None:
         return forward, TOGETHER
-    places = partition_specs(params, specs(base, RULES, settings.mesh))
+    places = partition_specs(params, placed_specs(base, RULES, settings.mesh))
     rows = meshes.rows_of(at, placed(params, places, at.mesh))
     return dataclasses.replace(forward, rows=at.rows, gathered=rows.weights), rows
 
@@ -261,7 +261,7 @@ def device_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractS
 
 def _own_experts(base: Any, devices: int) -> Any:
     """The shapes of a device's weights, which has some of the experts."""
-    spread = specs(base, RULES, {EXPERTS: devices})
+    spread = placed_specs(base, RULES, {EXPERTS: devices})
     mesh = AbstractMesh((devices,), (EXPERTS,))
 
     def own(x: Any, spec: PartitionSpec) -> Any:
@@ -359,10 +359,10 @@ class Spread(NamedTuple):
 def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     """The specs of a step's arguments.
 
-    Raises:
-      ValueError: a mesh that does not divide a matrix.
+    Warns:
+      UserWarning: a mesh that does not divide a matrix.
     """
-    base = specs(step.base, RULES, settings.mesh)
+    base = placed_specs(step.base, RULES, settings.mesh, stacklevel=5)  # the caller of `memory`
     params = partition_specs(step.params, base)
     if settings.adapter is None:
         trainable, frozen = params, step.frozen
