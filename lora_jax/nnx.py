@@ -6,7 +6,8 @@ There is no arithmetic here.
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen
@@ -17,10 +18,12 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from lora_jax import compat, paths
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
+from lora_jax.config import matching
 from lora_jax.config.arguments import check_argument
-from lora_jax.config.lora import LoraConfig
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.merge import merge as merge_tree
 from lora_jax.multi.single import check_single
+from lora_jax.plan.decide import LeftOutWarning
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.transform import lorafy
@@ -105,9 +108,10 @@ def _function(graph: Any, held: PyTree, method: str) -> Callable:
         _, _, after = nnx.split(module, nnx.Param, ...)
         if state is not None:
             return out, after
-        if changed := _changed(held, after):
+        if written := _written(held, after):
+            changed = ", ".join(f"`{'.'.join(map(str, path))}`" for path, _ in written)
             raise ValueError(
-                f"the call changes {', '.join(f'`{c}`' for c in changed)}, which would be lost: "
+                f"the call changes {changed}, which would be lost: "
                 "pass `state=state`, and keep the state that is returned"
             )
         return out
@@ -115,14 +119,16 @@ def _function(graph: Any, held: PyTree, method: str) -> Callable:
     return fn
 
 
-def _changed(before: PyTree, after: PyTree) -> list[str]:
-    """The paths of the variables that a call has changed."""
-    old = jax.tree_util.tree_leaves_with_path(before)
-    new = jax.tree_util.tree_leaves_with_path(after)
-    if len(old) != len(new):
-        return ["the set of variables"]
-    # By identity: a variable that is not written keeps its array object, also under a trace.
-    return [paths.spell(p) for (p, x), (_, y) in zip(old, new, strict=True) if x is not y]
+def _written(before: PyTree, after: PyTree) -> list[tuple[Any, nnx.Variable]]:
+    """The variables that a call has changed, or made, with their paths."""
+    old = dict(nnx.to_flat_state(before))
+    return [(path, x) for path, x in nnx.to_flat_state(after) if not _is_same(old.get(path), x)]
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    """By identity: a variable that is not written keeps its array object, also under a trace."""
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(old) == len(new) and all(x is y for x, y in zip(old, new, strict=True))
 
 
 _OWN = ("base", "adapters", "plan")  # the attributes of `Adapted`
@@ -239,7 +245,9 @@ class Adapted(nnx.Module):
         graph, params, held = _split(self.base)
         fn = lorafy(_function(graph, held, method))
         out, state = fn(self._adapted(params), *args, state=held, lora_key=lora_key, **kwargs)
-        nnx.update(self.base, state)
+        # NNX forbids to update a module that is no argument of the transformation it runs in.
+        if written := _written(held, state):
+            nnx.update(self.base, nnx.from_flat_state(written))
         return out
 
 
@@ -337,7 +345,42 @@ def adapt(
     check_argument("nnx.adapt(module, config, *args, key=key)", "config", config, LoraConfig)
     fn, params, state = functional(module, method=method)
     plan = make_plan(config, fn, params, *args, state=state, **kwargs)
+    _warn_of_other_names(module, config, plan)
     return Adapted(module, init_tree(key, plan, params), plan)
+
+
+def _warn_of_other_names(module: nnx.Module, config: LoraConfig, plan: Plan) -> None:
+    """Warns where the config names a layer by a path that NNX does not use, and it is frozen."""
+    if config.target_modules == ALL_LINEAR:
+        return
+    frozen = [leaf.path for leaf in plan.leaves if leaf.kind == "frozen" and len(leaf.shape) > 1]
+    for other, first in _other_names(module, (), {}):
+        for path in frozen:
+            name = f"{other}{path.removeprefix(first)}"
+            within = f"{path}.".startswith(f"{first}.")
+            if within and matching.is_target(config, paths.module_of(name)):
+                warnings.warn(
+                    f"`{paths.module_of(name)}`, which `target_modules` names, is "
+                    f"`{paths.module_of(path)}` too, and NNX knows it by that name: it is not "
+                    "adapted; target that name",
+                    LeftOutWarning,
+                    stacklevel=3,
+                )
+
+
+def _other_names(
+    module: nnx.Module, path: tuple, seen: dict[int, str]
+) -> Iterator[tuple[str, str]]:
+    """Further paths of layers that lie in a module several times, each with the first path."""
+    for name, child in nnx.iter_children(module):
+        own = (*path, name)
+        spelled = ".".join(map(str, own))
+        if id(child) in seen:
+            yield spelled, seen[id(child)]
+            continue
+        seen[id(child)] = spelled
+        if not isinstance(child, nnx.Variable):
+            yield from _other_names(child, own, seen)
 
 
 def merged(model: Adapted) -> nnx.Module:

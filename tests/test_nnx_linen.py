@@ -173,6 +173,29 @@ def test_what_is_read_from_the_base_is_set_there(encoder):
     assert not encoder.deterministic
 
 
+class Twice(nnx.Module):
+    """One layer under two names."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Dict(up=nnx.Linear(8, 8, rngs=rngs), down=nnx.Linear(8, 8, rngs=rngs))
+        self.last = nnx.Dict(up=self.first.up)
+
+    def __call__(self, x):
+        return self.last.up(self.first.down(self.first.up(x)))
+
+
+def test_a_layer_that_is_named_by_its_second_path_is_said():
+    def adapt(pattern):
+        config = lora.LoraConfig(rank=2, target_modules=pattern)
+        return lora.nnx.adapt(Twice(nnx.Rngs(0)), config, X, key=jax.random.key(1)).plan.adapted
+
+    with pytest.warns(
+        lora.LeftOutWarning, match="`last.up`, which `target_modules` names, is `fir"
+    ):
+        assert [leaf.path for leaf in adapt(r".*down|last\..*")] == ["first.down.kernel"]
+    assert len(adapt(r"first\..*")) == len(adapt(("up", "down"))) == 2
+
+
 def test_adapted_module_updates_its_state_like_the_base():
     module = NnxNet(nnx.Rngs(0))
     config = lora.LoraConfig(rank=2, target_modules=("up", "down"))
@@ -180,6 +203,14 @@ def test_adapted_module_updates_its_state_like_the_base():
     got, want = model(X), module(X)
     close(got, want)
     close(model.base.norm.mean.get_value(), module.norm.mean.get_value())
+
+
+@pytest.mark.parametrize("transform", [jax.grad, jax.checkpoint, jax.jit])
+def test_a_module_that_changes_nothing_is_closed_over_like_the_base(transform):
+    model = lora.nnx.adapt(NnxNet(nnx.Rngs(0)), CONFIG, X, key=jax.random.key(1))
+    model.eval()
+    want = transform(lambda x: lora.nnx.merged(model)(x).sum())(X)
+    close(transform(lambda x: model(x).sum())(X), want)
 
 
 def test_adapted_module_trains_only_its_adapters():
