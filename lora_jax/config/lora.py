@@ -15,13 +15,11 @@ import regex
 
 from lora_jax.config.arguments import quoted, set_plain_fields, with_known_fields
 from lora_jax.config.peft import fields_from_peft, fields_to_peft, with_peft_names
-from lora_jax.config.starts import STARTS, find_start
+from lora_jax.config.starts import STARTS, find_start, lacking_for_experts
 
 ALL_LINEAR = "all-linear"
 
 BIASES = ("none", "all", "lora_only")
-# What PEFT does not have for `target_parameters`.
-NOT_FOR_PARAMETERS = ("use_dora", "lora_bias", "dropout")
 
 
 # Static, like a plan: an argument of `jit` that is compared, not traced.
@@ -390,9 +388,9 @@ def _check_combinations(config: LoraConfig) -> None:
         raise ValueError(
             f'lora_bias=True works with init="default" or init="random" only, got "{config.init}"'
         )
-    for name in NOT_FOR_PARAMETERS if config.target_parameters else ():
-        if getattr(config, name):
-            raise ValueError(
-                f"`target_parameters` does not work with {name}={getattr(config, name)!r} in PEFT: "
-                "leave one out, or name the parameters in `target_modules`"
-            )
+    own = [x for x in config.target_parameters if x.rpartition(".")[2] not in ("weight", "kernel")]
+    if config.target_parameters and (given := lacking_for_experts(config, experts=bool(own))):
+        raise ValueError(
+            f"`target_parameters` does not work with {given} in PEFT: leave one out, or name the "
+            "parameters in `target_modules`"
+        )

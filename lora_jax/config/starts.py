@@ -4,7 +4,7 @@ A new start is a row of `STARTS` and a function of the same name in `lora_jax.me
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 BaseChange = Literal["none", "repeatable", "unrepeatable"]
 
@@ -20,6 +20,7 @@ class StartRow(NamedTuple):
       peft: PEFT's `init_lora_weights`, where it is not the name.
       known: whether `LoraConfig` accepts it; False for a start that occurs in PEFT's files only.
       allows_bias: whether PEFT combines it with `lora_bias`.
+      allows_experts: whether PEFT has it for parameters of no linear layer.
     """
 
     name: str
@@ -27,17 +28,18 @@ class StartRow(NamedTuple):
     peft: bool | None = None
     known: bool = True
     allows_bias: bool = False
+    allows_experts: bool = False
 
 
 STARTS = (
-    StartRow("default", peft=True, allows_bias=True),
-    StartRow("random", peft=False, allows_bias=True),
-    StartRow("gaussian"),
+    StartRow("default", peft=True, allows_bias=True, allows_experts=True),
+    StartRow("random", peft=False, allows_bias=True, allows_experts=True),
+    StartRow("gaussian", allows_experts=True),
     StartRow("orthogonal"),
     StartRow("pissa", "repeatable"),
     StartRow("olora", "repeatable"),
     StartRow("loftq", "repeatable"),
-    StartRow("eva"),
+    StartRow("eva", allows_experts=True),
     StartRow("mica"),
     # A randomized SVD: its result depends on PEFT's random numbers.
     StartRow("pissa_niter_N", "unrepeatable"),
@@ -60,3 +62,17 @@ def base_change(init: str) -> BaseChange:
     start = find_start(init)
     assert start is not None, init  # checked by LoraConfig
     return start.base_change
+
+
+def lacking_for_experts(config: Any, *, experts: bool = True) -> str:
+    """The setting of a `LoraConfig` that PEFT does not have for `target_parameters`, or "".
+
+    Args:
+      config: the config.
+      experts: some are no linear layer's weight, which the starts of other rows begin with.
+    """
+    start = find_start(config.init)
+    if experts and not (start and start.allows_experts):
+        return f'init="{config.init}"'
+    found = (name for name in ("use_dora", "lora_bias", "dropout") if getattr(config, name))
+    return next((f"{name}={getattr(config, name)!r}" for name in found), "")

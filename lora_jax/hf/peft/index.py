@@ -17,7 +17,8 @@ import numpy as np
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray
 from lora_jax.config import matching
-from lora_jax.config.lora import NOT_FOR_PARAMETERS, LoraConfig
+from lora_jax.config.lora import LoraConfig
+from lora_jax.config.starts import lacking_for_experts
 from lora_jax.dims import sizes, stack_dims
 from lora_jax.hf.checkpoint import names
 from lora_jax.paths import bare, expand, module_of
@@ -208,12 +209,11 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
         partly |= {short} if len(own) < len(ranks) else set()
         named[short] = [*named.get(short, ()), *own]
     entries = [x for end, own in named.items() for x in (own if end in partly else [end])]
-    for name in NOT_FOR_PARAMETERS if entries else ():
-        if getattr(config, name):
-            raise ValueError(
-                f"`{name}` does not work with experts in PEFT, and `{entries[0]}` is adapted: "
-                f"leave `{name}` out, or the experts (`exclude_modules` of gate_up_proj, down_proj)"
-            )
+    if entries and (given := lacking_for_experts(config)):
+        raise ValueError(
+            f"{given} does not work with experts in PEFT, and `{entries[0]}` is adapted: leave it "
+            "out, or the experts (`exclude_modules` of gate_up_proj, down_proj)"
+        )
     patterns = {
         name: {**found, **{rf"{key}\.weight": value for key, value in found.items()}}
         for name in ("rank_pattern", "alpha_pattern")
