@@ -120,7 +120,7 @@ def open_encoder(
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     forward = EncoderForward(config=config, **options)
-    tokenizer = from_directory(directory)
+    tokenizer = from_directory(directory, rows=config.vocab_size)
 
     def read(spread: Spread | None) -> Model:
         params = _fill(forward, weights, fresh_head, spread)

@@ -272,7 +272,7 @@ def _open_directory(
     forward = forward_of(config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
-        tokenizer = from_directory(directory)
+        tokenizer = from_directory(directory, rows=config.vocab_size)
         generation = read_object(directory / "generation_config.json", optional=True)
 
     def read(spread: Spread | None) -> Model:
@@ -316,7 +316,7 @@ def _open_gguf(
         config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
     forward = forward_of(head.on(config, path), **options)
-    tokenizer = from_gguf(file.metadata, path=path)
+    tokenizer = from_gguf(file.metadata, path=path, rows=config.vocab_size)
 
     def read(spread: Spread | None) -> Model:
         own, params = _fill(forward, weights, quant, spread, head)

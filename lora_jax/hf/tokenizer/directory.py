@@ -19,6 +19,7 @@ from lora_jax.compat import require
 from lora_jax.files import read_object
 from lora_jax.hf.tokenizer import wordpiece
 from lora_jax.hf.tokenizer.classes import Class
+from lora_jax.hf.tokenizer.panics import without_panics
 from lora_jax.hf.tokenizer.rebuild import class_of, rebuild, surround
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
 
@@ -37,8 +38,12 @@ _NO_TOKENS = ("add_bos_token", "add_eos_token")  # flags
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def from_directory(directory: str | Path) -> Tokenizer | None:
+def from_directory(directory: str | Path, *, rows: int | None = None) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory.
+
+    Args:
+      directory: the directory.
+      rows: rows of the model's embedding; None takes config.json's `vocab_size`, if it is there.
 
     Returns:
       The tokenizer, or None if the directory has no tokenizer at all.
@@ -46,47 +51,55 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     Raises:
       ValueError: a broken file, tokens whose declared ids the tokenizer does not have, or only
         files of a slow tokenizer.
+
+    Warns:
+      UserWarning: special tokens for which the embedding has no row, and which are left out.
     """
     directory = Path(directory)
+    path = directory / "tokenizer.json"
+    rows = _rows(directory) if rows is None else rows
     settings = read_object(directory / SETTINGS, optional=True)
     given = _with_map(directory, settings)
     found, extra, its = _special_tokens(given), _extra(given), None
     named = found
-    if (directory / "tokenizer.json").is_file():
-        backend, fills = _saved(directory / "tokenizer.json")
+    if path.is_file():
+        backend, fills = _saved(path)
         config = read_object(directory / "config.json", optional=True)
         name = class_of(settings, config, backend)
         its, backend = rebuild(backend, name, settings, _texts(named))
         backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         named = _completed(named, its, fills, _empty(given))
-    elif (directory / "vocab.txt").is_file():
+    elif (path := directory / "vocab.txt").is_file():
         named = {**wordpiece.SPECIAL, **named}
         known = {name: _texts(named)[name] for name in wordpiece.SPECIAL}
-        backend = wordpiece.build(directory / "vocab.txt", settings, known)
+        backend = wordpiece.build(path, settings, known)
     else:
         _refuse_slow(directory)
         return None
     _add_declared(backend, directory, settings, _texts(named), extra or ())
     # A class has its own extra tokens where the files list none.
     of_class = its.extra if its is not None and extra is None else ()
-    special = _add_undeclared(backend, directory, named, extra or of_class, found)
+    special = _add_undeclared(backend, directory, named, extra or of_class, found, rows)
     if its is not None and its.again:
         _add_again(backend, special.values(), extra or (), plain=its.again == "plain")
     templates = _templates(directory, settings)
-    ends = _ends(directory, backend)
+    texts = {name: text for name, (text, _) in templates.items()}
+    ends = _ends(directory, backend, rows)
     if its is not None:
-        surround(backend, its, {**its.special, **special}, directory)
+        surround(backend, its, {**its.special, **_texts(named)}, directory)
     if ends and not ("eos_token" in found and "eos_token" in special):
         # The model's end token, where the tokenizer's files name none that it has.
         special["eos_token"] = backend.id_to_token(ends[0])
     return Tokenizer(
         backend=backend,
         special=special,
-        chat_template=templates.pop("default", None),
-        templates=templates,
+        chat_template=texts.pop("default", None),
+        templates=texts,
         ends=ends,
         clean_up=_cleans_up(settings, backend),
         files=_files(directory),
+        paths={"": path, **{name: file for name, (_, file) in templates.items()}},
+        rows=rows,
     )
 
 
@@ -173,12 +186,8 @@ def _text(token: Any) -> str | None:
 def _saved(path: Path) -> tuple[Any, str | None]:
     """The backend of tokenizer.json, and the padding token that the file has."""
     tokenizers = require("tokenizers")
-    try:
+    with without_panics(lambda why: f"{path}: not a tokenizer: {why}"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # bare Exceptions, and panics that are none
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
     # A saved tokenizer may carry the padding and truncation of the run that saved it.
     fills = None if backend.padding is None else backend.padding["pad_token"]
     backend.no_padding()
@@ -233,36 +242,35 @@ def _add_undeclared(
     named: Mapping[str, Any],
     extra: Collection[Any],
     from_files: Collection[str],
+    rows: int | None,
 ) -> dict[str, str]:
-    """Adds special tokens that have a name and no id; returns those that can be used.
+    """Adds special tokens that have a name and no id; returns those that the model has a row for.
 
-    A text that is no token of the vocabulary gets the next id. A model whose embedding has no row
-    for that id cannot use it; of those in its files that is said.
+    A text that is no token of the vocabulary gets the next id, as in transformers.
     """
-    rows = _rows(directory)
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     seen: set[str] = set()
-    special = _texts(named)
+    special, lost = _texts(named), []
     for name, token in [*named.items(), *((None, token) for token in extra)]:
         text = _text(token) or ""
         # Of two spellings of one token, as text or with flags, the last counts in transformers.
-        if text in added or repr(token) in seen:
-            continue
-        seen.add(repr(token))
-        fresh = backend.get_vocab_size(with_added_tokens=True)
-        if backend.token_to_id(text) is None and fresh >= rows:
-            if name in from_files or isinstance(extra, list) and name is None:
-                what = "an extra special token" if name is None else f"`{name}`"
-                warnings.warn(
-                    f"{directory}: {what} is {text!r}, which is not in the vocabulary of {rows} "
-                    "tokens and is left out",
-                    stacklevel=4,
-                )
-            special.pop(name or "", None)
-            continue
-        made = _added(token, {"normalized": False, "special": True})
-        made.special |= name is not None
-        backend.add_tokens([made])
+        if text not in added and repr(token) not in seen:
+            seen.add(repr(token))
+            made = _added(token, {"normalized": False, "special": True})
+            made.special |= name is not None
+            backend.add_tokens([made])
+        if name and rows is not None and backend.token_to_id(text) >= rows:
+            del special[name]
+            # A class has further ones, as CodeLlama's to fill gaps, that a model does without.
+            if name in (*from_files, *_SPECIAL):
+                lost.append(f"`{name}` {text!r}")
+    if lost:
+        warnings.warn(
+            f"{directory}: the model's embedding has {rows} rows, none of them for the special "
+            f"tokens {', '.join(lost)}, which are left out: name its own in {SETTINGS}, or resize "
+            "the embedding (transformers' `resize_token_embeddings`)",
+            stacklevel=4,
+        )
     return special
 
 
@@ -278,12 +286,12 @@ def _add_again(
             backend.add_tokens([made])
 
 
-def _rows(directory: Path) -> float:
-    """Rows of the model's embedding; no limit where config.json does not state them."""
+def _rows(directory: Path) -> int | None:
+    """Rows of the model's embedding, if config.json states them."""
     config = read_object(directory / "config.json", optional=True)
     text_config = config.get("text_config")
     rows = {**config, **(text_config if isinstance(text_config, dict) else {})}.get("vocab_size")
-    return rows if isinstance(rows, int) else float("inf")
+    return rows if isinstance(rows, int) else None
 
 
 def _extra(given: Mapping[str, Any]) -> list[Any] | None:
@@ -301,14 +309,15 @@ def _added(token: Any, flags: Mapping[str, bool]) -> Any:
     return require("tokenizers").AddedToken(given["content"], **known)
 
 
-def _ends(directory: Path, backend: Any) -> tuple[int, ...]:
+def _ends(directory: Path, backend: Any, rows: int | None) -> tuple[int, ...]:
     """The ids in the model's files that end a text."""
+    most = 2**32 if rows is None else rows
     found: list[int] = []
     for name in ("config.json", "generation_config.json"):
         given = read_object(directory / name, optional=True).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         # Some configs name ids that their tokenizer does not have.
-        found += [i for i in ids if type(i) is int and 0 <= i < 2**32 and backend.id_to_token(i)]
+        found += [i for i in ids if type(i) is int and 0 <= i < most and backend.id_to_token(i)]
     return tuple(dict.fromkeys(found))
 
 
@@ -319,18 +328,19 @@ def _cleans_up(settings: Mapping[str, Any], backend: Any) -> bool:
     return plain and bool(settings.get("clean_up_tokenization_spaces"))
 
 
-def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name; files win over tokenizer_config.json."""
+def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:
+    """Chat templates by name, with their files; files win over tokenizer_config.json."""
     found = {"default": directory / TEMPLATE}
     more = directory / _MORE_TEMPLATES
     found |= {path.stem: path for path in (more.glob("*.jinja") if more.is_dir() else ())}
-    texts = {name: _read(path) for name, path in found.items() if path.is_file()}
-    if not texts:
-        texts = _named_templates(settings.get("chat_template"))
-    if not texts:  # a processor's file
-        texts = _named_templates(
-            read_object(directory / _OLD_TEMPLATE, optional=True).get("chat_template")
-        )
+    texts = {name: (_read(path), path) for name, path in found.items() if path.is_file()}
+    for name in (SETTINGS, _OLD_TEMPLATE):  # the second is a processor's file
+        if texts:
+            break
+        path = directory / name
+        given = settings if name == SETTINGS else read_object(path, optional=True)
+        named = _named_templates(given.get("chat_template"))
+        texts = {key: (text, path) for key, text in named.items()}
     return texts
 
 

@@ -229,7 +229,7 @@ def surround(backend: Any, its: Class, special: Mapping[str, str], directory: Pa
     """Sets what a class puts around a text, where the class decides it and not tokenizer.json.
 
     Raises:
-      ValueError: the model has no row for one of these tokens.
+      ValueError: the tokenizer has none of these tokens.
     """
     if not its.single:
         return

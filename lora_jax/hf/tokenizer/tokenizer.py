@@ -3,9 +3,9 @@
 `directory` reads a tokenizer from a Hugging Face directory, `from_gguf` from a GGUF's metadata.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 
 from lora_jax.hf.tokenizer import chat
 from lora_jax.hf.tokenizer.backends import build, special_token
+from lora_jax.hf.tokenizer.panics import without_panics
 
 Message = Mapping[str, Any]
 
@@ -57,6 +58,8 @@ class Tokenizer:
       clean_up: take spaces before punctuation out of decoded text, as transformers does where
         `clean_up_tokenization_spaces` is set.
       files: text of the settings files it was read from, which a saved model gets back.
+      paths: for messages, where the tokenizer ("") and each chat template by its name are from.
+      rows: rows of the model's embedding, which a text's tokens must have; None does not check.
     """
 
     backend: Any
@@ -66,6 +69,8 @@ class Tokenizer:
     ends: tuple[int, ...] = ()
     clean_up: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    rows: int | None = None
 
     @property
     def bos_id(self) -> int | None:
@@ -104,7 +109,11 @@ class Tokenizer:
         return self.chat_template is not None or bool(self.templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, with those the tokenizer puts around a text (BOS, EOS)."""
+        """Tokens of a text, with those the tokenizer puts around a text (BOS, EOS).
+
+        Raises:
+          ValueError: the tokenizer cannot read it, or the model has no row for one of its tokens.
+        """
         return self._encoded(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -145,8 +154,9 @@ class Tokenizer:
                 f"{None if pairs is None else len(pairs)}"
             )
         given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        with _no_panic():
+        with self._reading():
             rows = self.backend.encode_batch(given)
+        self._check(*rows)
         width = max(len(row.ids) for row in rows)
         tokens = np.full((len(rows), width), self.pad_id, np.int32)
         types = np.zeros(tokens.shape, np.int32)
@@ -169,9 +179,11 @@ class Tokenizer:
         """
         if window is None:
             return self._encoded(text, pair)
-        with _no_panic():
+        with self._reading():
             self._cutting.enable_truncation(window, stride=stride, strategy="only_second")
-            return self._cutting.encode(text, pair)
+            row = self._cutting.encode(text, pair)
+        self._check(row, *row.overflowing)
+        return row
 
     @cached_property
     def _cutting(self) -> Any:
@@ -183,8 +195,10 @@ class Tokenizer:
 
         As transformers' `is_split_into_words`, for which it wants `add_prefix_space`.
         """
-        with _no_panic():
-            return self._of_words.encode(list(words), is_pretokenized=True)
+        with self._reading():
+            row = self._of_words.encode(list(words), is_pretokenized=True)
+        self._check(row)
+        return row
 
     @cached_property
     def _of_words(self) -> Any:
@@ -231,7 +245,7 @@ class Tokenizer:
         Raises:
           ValueError: as `apply_chat_template`.
         """
-        if not chat.marks_answers(self._template(options)):
+        if not chat.marks_answers(self._template(options)[1]):
             return None
         rendered = self._render(messages, False, options)
         row = self._encoded(rendered.text, add_special_tokens=False)
@@ -240,17 +254,20 @@ class Tokenizer:
         marks = [any(start < b and a < end for a, b in answers) for start, end in row.offsets]
         return row.ids, marks
 
-    def _template(self, options: Mapping[str, Any]) -> str:
+    def _template(self, options: Mapping[str, Any]) -> tuple[str, str]:
+        """The name and the text of the template for a conversation."""
         tools = self.templates.get("tool_use") if options.get("tools") else None
-        template = tools or self.chat_template
-        if template is None and self.templates:
+        if tools:
+            return "tool_use", tools
+        if self.chat_template is not None:
+            return "default", self.chat_template
+        where = _named(self.paths.get(""))
+        if self.templates:
             raise ValueError(
-                f"this tokenizer has no chat template named `default`, only "
+                f"{where}this tokenizer has no chat template named `default`, only "
                 f"{', '.join(f'`{name}`' for name in self.templates)}; give the text itself"
             )
-        if template is None:
-            raise ValueError("this tokenizer has no chat template; give the text itself")
-        return template
+        raise ValueError(f"{where}this tokenizer has no chat template; give the text itself")
 
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool, options: Mapping[str, Any]
@@ -258,18 +275,42 @@ class Tokenizer:
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f"message {number} is not an object with a `role`: {message!r}")
+        name, template = self._template(options)
         # Templates test `tools is none`: an undefined variable would not be.
         context = {"tools": None, "documents": None, **self.special, **options}
-        return chat.render(
-            self._template(options),
-            messages=[_with_reasoning(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **context,
-        )
+        try:
+            return chat.render(
+                template,
+                messages=[_with_reasoning(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **context,
+            )
+        except ValueError as error:
+            raise ValueError(f"{_named(self.paths.get(name))}{error}") from None
 
     def _encoded(self, text: str, pair: str | None = None, **options: Any) -> Any:
-        with _no_panic():
-            return self.backend.encode(text, pair, **options)
+        with self._reading():
+            row = self.backend.encode(text, pair, **options)
+        self._check(row)
+        return row
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return without_panics(
+            lambda why: (
+                f"{_named(self.paths.get(''))}the tokenizer cannot read a text ({why}); if that is "
+                "about a regular expression, it is one in tokenizer.json that takes too long"
+            )
+        )
+
+    def _check(self, *rows: Any) -> None:
+        """Refuses tokens without a row in the embedding."""
+        most = 0 if self.rows is None else max((max(row.ids, default=0) for row in rows), default=0)
+        if self.rows is not None and most >= self.rows:
+            raise ValueError(
+                f"{_named(self.paths.get(''))}a text has `{self.backend.id_to_token(most)}`, token "
+                f"{most}, but the model's embedding has {self.rows} rows: take it out of the text, "
+                "or resize the embedding (transformers' `resize_token_embeddings`)"
+            )
 
     def _id(self, name: str) -> int | None:
         token = self.special.get(name)
@@ -286,20 +327,9 @@ def _cleaned(text: str) -> str:
     return text
 
 
-@contextlib.contextmanager
-def _no_panic() -> Iterator[None]:
-    """Makes an error of what the library raises, or panics with, where it cannot read a text."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        # A panic of Rust is no Exception.
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the tokenizer cannot read a text ({why}); if that is about a regular expression, it "
-            "is one in tokenizer.json that takes too long"
-        ) from None
+def _named(path: Path | None) -> str:
+    """What a message about a file begins with."""
+    return "" if path is None else f"{path}: "
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:
@@ -311,8 +341,15 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
     return {"thinking": text, **message, "reasoning_content": text}
 
 
-def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
+def from_gguf(
+    metadata: Mapping[str, Any], *, path: Path, rows: int | None = None
+) -> Tokenizer | None:
     """The tokenizer that a GGUF file's metadata describes, or None if it describes none.
+
+    Args:
+      metadata: the file's keys.
+      path: the file, for messages.
+      rows: as in `Tokenizer`.
 
     Raises:
       ValueError: a kind of tokenizer, or a way of splitting text, that is not known.
@@ -330,6 +367,8 @@ def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
         special={name: token for name, token in found.items() if token is not None},
         chat_template=template,
         ends=tuple(backend.token_to_id(token) for token in _ends(metadata, tokens)),
+        paths={"": path, "default": path},
+        rows=rows,
     )
 
 

@@ -1,6 +1,8 @@
 """Tokenizers as directories hold them, token by token against transformers' AutoTokenizer."""
 
 import json
+import re
+from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -192,7 +194,7 @@ def test_an_end_token_that_the_model_has_no_row_for(tmp_path):
     directory = write(tmp_path, backend, {"eos_token": "<|endoftext|>"})
     config = {"vocab_size": backend.get_vocab_size(), "eos_token_id": 2}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match=r"`eos_token` is '<\|endoftext\|>', which is not in"):
+    with pytest.warns(UserWarning, match=r"320 rows, .* `eos_token` '<\|endoftext\|>'"):
         assert from_directory(directory).eos_id == 2
 
 
@@ -258,3 +260,53 @@ def test_templates_in_every_place(tmp_path):
     (directory / "chat_template.jinja").write_text("file")
     ours = from_directory(directory)
     assert (ours.render_chat(chat), ours.render_chat(chat, tools=[{}])) == ("file", "file T")
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "added_tokens.json", "named"])
+def test_a_padding_token_that_the_model_has_no_row_for(tmp_path, where):
+    """As in models that were trained after `[PAD]` was put into the tokenizer alone."""
+    backend = backend_of("byte_level")
+    rows = backend.get_vocab_size()
+    if where == "tokenizer.json":
+        backend.add_special_tokens(["[PAD]"])
+    if where == "added_tokens.json":
+        (tmp_path / where).write_text(json.dumps({"[PAD]": rows}))
+    write(tmp_path, backend, {"eos_token": "</s>", "pad_token": "[PAD]"})
+    assert transformers_reads(f"no row.{where}", tmp_path, lambda t: t.pad_token_id) == rows
+    with pytest.warns(UserWarning, match=r"320 rows, .* `pad_token` '\[PAD\]', which are left out"):
+        ours = from_directory(tmp_path, rows=rows)
+    batch = ours.encode_batch(["a", "some more of it"])
+    assert batch.tokens.max() < rows and batch.tokens[0, -1] == ours.eos_id
+    for read in (
+        lambda: ours.encode("a [PAD]"),
+        lambda: ours.encode_prompt("[PAD]"),
+        lambda: ours.encode_batch(["a", "[PAD]"]),
+        lambda: ours.encoded("a", "b [PAD]", window=3),
+        lambda: ours.encoded_words(["a", "[PAD]"]),
+    ):
+        with pytest.raises(ValueError, match=r"tokenizer.json: a text has `\[PAD\]`, token 320"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer_config.json",
+     "chat_template.json"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% if %}", "not valid Jinja"),
+        ("{{ raise_exception('no') }}", "refuses these messages: no"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named(tmp_path, file, template, text):
+    write(tmp_path, backend_of("byte_level"), {"eos_token": "</s>"})
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    whole = json.dumps({"eos_token": "</s>", "chat_template": template})
+    path.write_text(template if path.suffix == ".jinja" else whole)
+    ours = from_directory(tmp_path)
+    tools: dict[str, Any] = {"tools": [{}]} if "tool_use" in file else {}
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: the chat template .*{text}"):
+        ours.apply_chat_template([{"role": "user", "content": "a"}], **tools)

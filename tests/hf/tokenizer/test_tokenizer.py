@@ -2,6 +2,8 @@
 
 import functools
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -11,6 +13,7 @@ from lora_jax import train
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.tokenizer.backends import SPLITS
 from lora_jax.hf.tokenizer.directory import from_directory
+from lora_jax.hf.tokenizer.panics import without_panics
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
 
 from tests.support.oracle import oracle
@@ -240,24 +243,30 @@ def test_templates_that_cannot_be_used(template, messages, text):
         tokenizer.apply_chat_template(messages)
 
 
-def test_an_expression_that_takes_too_long_is_an_error():
+def test_an_expression_that_takes_too_long_is_an_error(capfd):
     """The library panics, which is no Exception; the regex of a downloaded file may be any."""
     backend = small()
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     text = "a" * 40 + "!"
     ours = Tokenizer(
-        backend=backend, chat_template="{% generation %}" + text + "{% endgeneration %}"
-    )
+        backend=backend, chat_template="{% generation %}" + text + "{% endgeneration %}",
+        paths={"": Path("t.json")},
+    )  # fmt: skip
     for read in (
         lambda: ours.encode(text),
         lambda: ours.encode_prompt(text),
         lambda: ours.encode_batch([text]),
         lambda: ours.marked_chat([{"role": "user", "content": ""}]),
     ):
-        with pytest.raises(ValueError, match="cannot read a text .*retry-limit.* takes too long"):
+        with pytest.raises(ValueError, match=r"^t.json: .*cannot .*retry-limit.* takes too long"):
             read()
-    with pytest.raises(ValueError, match="^d:7: the tokenizer cannot read a text"):
+    with pytest.raises(ValueError, match="^d:7: t.json: the tokenizer cannot read a text"):
         train.examples([train.record_of({"text": text}, source="d:7")], ours, max_length=99)
+    # Rust's own text of its panics is not shown, another one is.
+    assert capfd.readouterr().err == ""
+    with without_panics(str):
+        print("a warning", file=sys.stderr)
+    assert capfd.readouterr().err == "a warning\n"
 
 
 GGUF = {
