@@ -92,7 +92,9 @@ class Experts(nnx.Module):
         if self.scaled:
             rows = rows * jnp.take(shares.reshape(-1), order.source)[:, None].astype(rows.dtype)
             shares = jnp.ones_like(shares)
-        wide = kept(product(rows, up.astype(self.dtype), order))  # (rows, 2f)
+        wide = product(rows, up.astype(self.dtype), order)  # (rows, 2f)
+        # For tokens of other devices, as many as there are devices, it is computed again.
+        wide = wide if up.shape[0] < self.count else kept(wide)
         if self.biased:
             owner = jnp.take((chosen.experts - first).reshape(-1), order.source)  # (rows,)
             wide = wide + _of_each(weights["gate_up_proj_bias"], owner, wide)

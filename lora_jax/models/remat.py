@@ -78,7 +78,7 @@ def rematerialized(
         return lambda run: run
     # What is gathered the backward pass gathers again: else every device would keep the weights of
     # all layers, and the keys of all tokens, until then.
-    policy = _of_own_tokens(_unless_gathered if name == "none" else _policy(remat, offload))
+    policy = _unless_gathered() if name == "none" else _policy(remat, offload)
 
     def wrap(run: Callable) -> Callable:
         def block(state: Any, number: Any, carry: Any, *others: Any) -> Any:
@@ -93,31 +93,22 @@ def rematerialized(
     return wrap
 
 
-def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
+def _unless_gathered() -> Callable:
     """A policy of `jax.checkpoint` that keeps all but weights and tokens of other devices.
 
     Inside of a block, it takes the place of the policies of other checkpoints: the weights that
-    each tile of a mixture picks must not be kept either, see `models.expert_rows`.
+    each tile of a mixture picks must not be kept either, see `models.expert_rows`, nor what a
+    device computes for the tokens of the axis `expert`, see `models.experts`. A kernel that runs
+    under this axis is run again too; what `kept` names is not.
     """
-    del inputs, params
-    return primitive.name not in _BROUGHT
+    outside = jax.sharding.get_abstract_mesh().manual_axes
 
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> bool:
+        del inputs, params
+        inside = set(jax.sharding.get_abstract_mesh().manual_axes).difference(outside)
+        return EXPERTS not in inside and primitive.name not in _BROUGHT
 
-def _of_own_tokens(policy: Callable | None) -> Callable | None:
-    """The policy, but nothing that a device computes for tokens of the axis `expert` is kept.
-
-    Its policies take the place of the checkpoints inside, and the tokens are those of all devices
-    of the axis, see `models.experts`.
-    """
-    if policy is None:
-        return None
-
-    def kept(primitive: Any, *inputs: Any, **params: Any) -> Any:
-        if EXPERTS in jax.sharding.get_abstract_mesh().manual_axes:
-            return False
-        return policy(primitive, *inputs, **params)
-
-    return kept
+    return policy
 
 
 def _policy(remat: Remat, offload: bool) -> Callable | None:
