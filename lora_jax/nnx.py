@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from lora_jax import compat, paths
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
 from lora_jax.config import matching
-from lora_jax.config.arguments import check_argument
+from lora_jax.config.arguments import check_argument, check_key
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.merge import merge as merge_tree
 from lora_jax.multi.single import check_single
@@ -284,6 +284,11 @@ def _frozen(params: PyTree) -> PyTree:
     """A state of parameters as one of `FrozenParam`s; `nnx.merge` takes the types of the state."""
 
     def freeze(variable: nnx.Variable) -> nnx.Variable:
+        if not _is_variable(variable):
+            raise TypeError(
+                "`lora_params` must be the adapted parameters of the module, whose base is "
+                "`lora.nnx.functional(module).params`, got a tree of plain arrays"
+            )
         metadata = {**variable.get_metadata(), "held": type(variable)}
         return FrozenParam.from_metadata(variable.get_raw_value(), metadata)
 
@@ -313,7 +318,7 @@ def adapt(
     module: nnx.Module,
     config: LoraConfig,
     *args,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     method: str = "__call__",
     **kwargs,
 ) -> Adapted:
@@ -323,13 +328,14 @@ def adapt(
       module: the base; it is not changed, and its arrays are shared.
       config: what to adapt.
       *args, **kwargs: example arguments of the method, from which roles are inferred.
-      key: PRNG key of the adapters.
+      key: PRNG key of the adapters; there is no default.
       method: the method that is traced to find how the weights are used.
 
     Returns:
       A module whose `LoraParam`s train.
 
     Raises:
+      TypeError: no NNX module, or no key.
       ValueError: the module has adapters already.
 
     Example:
@@ -343,6 +349,7 @@ def adapt(
             "made from, or `lora.nnx.merged(module)`"
         )
     check_argument("nnx.adapt(module, config, *args, key=key)", "config", config, LoraConfig)
+    check_key("key", key)
     fn, params, state = functional(module, method=method)
     plan = make_plan(config, fn, params, *args, state=state, **kwargs)
     _warn_of_other_names(module, config, plan)

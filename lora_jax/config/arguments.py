@@ -73,12 +73,28 @@ def check_tree(name: str, value: Any, *, state: bool = False) -> None:
     if inspect.isroutine(value):
         raise TypeError(f"`{name}` must be a tree of parameters, got {kind_of(value)}: call it")
     leaves, structure = jax.tree.flatten(value)
+    check_arrays(f"`{name}`", leaves)
     # Half a tree may be None at every leaf, and an empty dict or tuple is a tree too.
     empty = structure.num_nodes == 1 and not isinstance(value, Mapping | list | tuple)
     if not any(map(_is_number, leaves)) if leaves else empty:
         raise TypeError(
             f"`{name}` must be a tree of parameters, got {kind_of(value)}, which holds no array"
         )
+
+
+def check_arrays(what: str, leaves: Iterable) -> None:
+    """Checks that no array is one of torch or TensorFlow, which JAX does not take.
+
+    Raises:
+      TypeError: one is.
+    """
+    for x in leaves:
+        package = type(x).__module__.partition(".")[0]
+        if package in ("torch", "tensorflow"):
+            raise TypeError(
+                f"{what} must hold arrays of JAX or numpy, got a `{type(x).__name__}` of "
+                f"{package}: convert it, `jax.numpy.asarray(x.numpy())`"
+            )
 
 
 def _state_in(value: Any) -> str | None:
@@ -147,9 +163,10 @@ def check_key(name: str, key: Any) -> None:
     Raises:
       TypeError: it is something else, such as a seed.
     """
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and (dtype != jnp.uint32 or not getattr(key, "ndim", 0)):
+    # Flax's streams of keys (`nnx.Rngs`) have a `dtype` that is none.
+    array = isinstance(key, jax.Array | np.ndarray)
+    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and not (array and key.dtype == jnp.uint32 and key.ndim):
         raise TypeError(
             f"`{name}` must be a PRNG key, got {kind_of(key)}: `jax.random.key(0)` makes one"
         )

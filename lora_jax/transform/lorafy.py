@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Never
@@ -121,9 +122,8 @@ def lorafy(
         return _run(context, fn, tree, args=args, kwargs=kwargs, lora_key=key)
 
     @functools.wraps(fn)
-    def adapted(
-        lora_params: Any, *args, lora_key: Any = None, adapter_ids: Any = None, **kwargs
-    ) -> Any:
+    def adapted(*args, lora_key: Any = None, adapter_ids: Any = None, **kwargs) -> Any:
+        lora_params, args = _parameters(fn, args, kwargs)
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
             return one(lora_params, args=args, kwargs=kwargs, key=lora_key)
@@ -139,6 +139,18 @@ def lorafy(
         return run.gathered(one, lora_params, call)
 
     return adapted
+
+
+def _parameters(fn: Callable, args: tuple, kwargs: dict) -> tuple[Any, tuple]:
+    """The parameters, also where they are given by keyword, and the other positional arguments."""
+    if args:
+        return args[0], args[1:]
+    # By the base function's own name too, by which its callers may give them.
+    first = next(iter(inspect.signature(fn).parameters), "")
+    for name in ("lora_params", first):
+        if name in kwargs:
+            return kwargs.pop(name), ()
+    raise TypeError(f"`lora_params` is missing: call `lora.{_CALL}`")
 
 
 def _run(
