@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from lora_jax.config.arguments import quoted
+from lora_jax.config.arguments import check_argument, quoted
 from lora_jax.files import half_character
 from lora_jax.train import messages
 from lora_jax.train.messages import Message, kind_of
@@ -71,6 +71,10 @@ class Record(NamedTuple):
     label: Any = None
 
 
+# Endings of other files of data, and what `datasets.load_dataset` calls them.
+_KINDS = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+
+
 def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = None) -> list[Record]:
     """Reads every record of a JSON-lines file.
 
@@ -86,9 +90,13 @@ def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = No
       FileNotFoundError: there is no such file.
       ValueError: a line is not a JSON object of one of the forms, or the file is empty.
     """
+    check_argument("train.load_jsonl(path)", "path", path, (str, os.PathLike))
     path = Path(path)
     if not path.is_file():
         what = "a directory, not a data file" if path.is_dir() else "no such data file"
+        if (path / "dataset_info.json").exists():
+            call = f'datasets.load_from_disk("{path}").to_json("data.jsonl")'
+            what = f"a folder of `datasets`, which {call} writes as JSON lines"
         raise FileNotFoundError(f"{path}: {what}; expected JSON lines with {_HOW}")
     records = [
         _beside(record_of(value, source=source, fields=fields), path.parent)
@@ -119,11 +127,16 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _check_first(line: bytes, path: Path) -> None:
-    """Names the two files that are often given for JSON lines."""
+    """Names the files that are often given for JSON lines, and how they become that."""
     if line.startswith(b"\x1f\x8b"):
         raise ValueError(f"{path}: a gzip file; unpack it first: gunzip {path}")
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         raise ValueError(f"{path}: a JSON array; expected one object a line: jq -c '.[]' {path}")
+    if (kind := _KINDS.get(path.suffix)) and not line.lstrip().startswith(b"{"):
+        raise ValueError(
+            f'{path}: a {kind} file; write it as JSON lines first: datasets.load_dataset("{kind}", '
+            f'data_files="{path}")["train"].to_json("data.jsonl")'
+        )
 
 
 def _parse(line: bytes, source: str) -> Any:

@@ -200,6 +200,15 @@ def test_bad_files(tmp_path):
         load_jsonl(write(tmp_path / "row.json", "\ufeff[{}]"))
     with pytest.raises(ValueError, match="`fields` renames `promt`"):
         load_jsonl(latin, fields={"promt": "q"})
+    for name, kind in (("a.csv", "csv"), ("a.parquet", "parquet"), ("a.txt", "text")):
+        (tmp_path / name).write_text("prompt,completion\na,b\n")
+        with pytest.raises(ValueError, match=rf'a {kind} file; .*load_dataset\("{kind}", data_f'):
+            load_jsonl(tmp_path / name)
+    (tmp_path / "lines.txt").write_text('{"text": "a"}\n')
+    assert len(load_jsonl(tmp_path / "lines.txt")) == 1
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"a folder of `datasets`, which datasets.load_fro"):
+        load_jsonl(tmp_path)
 
 
 def test_too_long_is_an_error_a_cut_or_a_skip(tmp_path):
@@ -232,7 +241,7 @@ def test_nothing_left_to_learn_is_an_error():
             {"too_long": "cut"},
             "`too_long` must be one of error, truncate, skip, windows, got 'cut'",
         ),
-        ({"max_length": 1}, "`max_length` must be at least 2 tokens, got 1"),
+        ({"max_length": 1}, "`max_length` must be an integer of at least 2, got 1"),
         ({"tokenizer": None}, "`tokenizer` is None"),
     ],
 )
