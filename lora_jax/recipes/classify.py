@@ -23,7 +23,7 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.models.generation import bucket
 from lora_jax.models.mesh import entered, placement
 from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
-from lora_jax.train.evaluate import pad_id_of, tokenizer_of
+from lora_jax.train.evaluate import check_texts, pad_id_of, tokenizer_of
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
 from lora_jax.train.images import image_examples
@@ -62,6 +62,7 @@ def classify_texts(
     Raises:
       ValueError: the model has no tokenizer, or a text is longer than its context.
     """
+    check_texts("texts", texts)
     records = [record_of({"text": text}, source="a text") for text in texts]
     return [
         _likeliest(z, model.config.labels) for z in _of_records(model, params, records, batch_size)
@@ -201,7 +202,11 @@ def _rows(model: Any, record: Record, *, windows: bool = False) -> list[Row]:
     """
     tokenizer = tokenizer_of(model)
     goal, context = goal_of(model.config), model.config.context
-    assert goal is not None
+    if goal is None:
+        raise ValueError(
+            "`model` is a language model, without the head of a task: load it with `labels` and "
+            "`fresh_head`, or generate with it (`lora.recipes.generate`)"
+        )
     rows = rows_of(
         record, goal, tokenizer, model.config.labels,
         window=context if windows else None, known=False,

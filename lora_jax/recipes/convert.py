@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hf
-from lora_jax.config.arguments import SettingsError
+from lora_jax.config.arguments import SettingsError, check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.hf.hub import snapshot
@@ -67,6 +67,7 @@ def load_adapter(
       FileNotFoundError: there is no adapter.
       ValueError: it is damaged or for another model, or `step` is given for a format without steps.
     """
+    check_argument("finetune.load_adapter(model, source)", "source", source, (str, os.PathLike))
     load = ADAPTER_FORMATS[kind_of(source)].load
     assert load is not None
     return load(model, source, plan_of, step)

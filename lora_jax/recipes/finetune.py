@@ -14,7 +14,7 @@ from lora_jax import hf, models, processes, train
 from lora_jax.analysis.step_memory.fit import parse_bytes
 from lora_jax.array import leaves_by_path
 from lora_jax.compat import EXTRAS, check_installed
-from lora_jax.config.arguments import SettingsError
+from lora_jax.config.arguments import SettingsError, check_argument, check_count
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
@@ -33,7 +33,7 @@ from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
-from lora_jax.train.evaluate import check_causal
+from lora_jax.train.evaluate import check_causal, check_model
 from lora_jax.train.examples import TooLong
 from lora_jax.train.goals import goal_of
 from lora_jax.tree import format_trainable_parameters, init
@@ -127,6 +127,10 @@ def finetune(
       ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
     """
     check_installed(*EXTRAS["llm"])
+    order = "finetune.finetune(job, lora_config, train_config)"
+    check_argument(order, "job", job, FinetuneConfig)
+    check_argument(order, "lora_config", lora_config, LoraConfig)
+    check_argument(order, "train_config", train_config, TrainConfig)
     if train_config.output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the run")
     output = Path(train_config.output_dir)
@@ -342,6 +346,7 @@ def hub_name(source: str) -> str:
 
 def plan_model(model: Any, config: LoraConfig) -> Any:
     """Plans a config on a language model."""
+    check_model("finetune.init_adapter(model, config, seed=0)", model)
     # Dimension roles are inferred from a trace, which needs only the shapes of some inputs.
     return make_plan(config, model.apply, model.params, *inputs_of(model.config))
 
@@ -349,6 +354,7 @@ def plan_model(model: Any, config: LoraConfig) -> Any:
 def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights: Any = None) -> Any:
     """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
     plan = plan_model(model, config)
+    check_count("seed", seed, least=0)
     return init(jax.random.key(seed), plan, model.params, weights=weights)
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from lora_jax import models
 from lora_jax.compat import moved
-from lora_jax.config.arguments import SettingsError
+from lora_jax.config.arguments import SettingsError, check_argument
 from lora_jax.models.registry import ENCODER_DECODER, kind_of_model
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
-from lora_jax.train.evaluate import tokenizer_of
+from lora_jax.train.evaluate import check_texts, tokenizer_of
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -141,6 +141,9 @@ def generate_texts(
       ValueError: the model has no tokenizer, or a prompt no room in its context.
     """
     tokenizer = tokenizer_of(model)
+    order = "recipes.generate.generate_texts(model, params, questions, config)"
+    check_argument(order, "config", config, GenerateConfig)
+    check_texts("questions", questions)
     context = model.config.context
     if config.max_new_tokens >= context and kind_of_model(model) != ENCODER_DECODER:
         raise SettingsError(

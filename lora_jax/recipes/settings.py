@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_jax.config.arguments import check_count, with_known_fields
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.scales import HeldName
 
@@ -13,6 +14,7 @@ Quantization = Literal[FormatName, "file"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The demo's settings; the defaults fit two CPU cores and five minutes.
@@ -71,6 +73,7 @@ Method = Literal["full", "lora", "qlora"]
 METHODS = get_args(Method)
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
     """The training steps whose memory is estimated.
@@ -127,6 +130,7 @@ class EstimateConfig:
             )
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Options of the generation.
@@ -156,6 +160,7 @@ class GenerateConfig:
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """Where on the hub a folder is pushed to.
@@ -175,8 +180,7 @@ class PushConfig:
 
 def _check_counts(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}")
+        check_count(name, getattr(config, name))
 
 
 def _check_number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:

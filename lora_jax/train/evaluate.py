@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.array import is_leaf, is_lora
-from lora_jax.config.arguments import SettingsError
+from lora_jax.config.arguments import SettingsError, check_count, kind_of
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.train.batches import Loader, loader, one_by_one
@@ -124,6 +124,9 @@ def evaluate(
     Raises:
       ValueError: an encoder, or a batch that the mesh does not divide.
     """
+    check_model("train.evaluate(model, lora_params, data)", model)
+    check_data("data", data)
+    check_count("batch_size", batch_size)
     check_causal(model)
     at = placement(model, lora_params)
     check_rows(at, batch_size)
@@ -133,6 +136,36 @@ def evaluate(
         rows = rows_of(at, placed)
         prepared = evaluator(model, data, batch_size=batch_size, at=at, rows=rows)
         return mean_loss(prepared, *trained_and_frozen(placed))
+
+
+def check_model(call: str, model: Any) -> None:
+    """Checks that a model has what training and evaluation call.
+
+    Raises:
+      TypeError: it has not.
+    """
+    missing = [name for name in ("apply", "head", "tokenizer") if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"`model` must have `apply`, `head` and `tokenizer`, as one of `lora.models.load` has, "
+            f"got {kind_of(model)} without `{missing[0]}`: call `lora.{call}` with the arguments "
+            "in this order"
+        )
+
+
+def check_data(name: str, data: Any) -> None:
+    """Checks that data are a list of tokenized examples.
+
+    Raises:
+      TypeError: they are something else, such as records, texts or a path.
+    """
+    listed = isinstance(data, Sequence) and not isinstance(data, str | bytes | Example)
+    others = [x for x in data if not isinstance(x, Example)][:1] if listed else [data]
+    if others:
+        raise TypeError(
+            f"`{name}` must be a list of `Example`s, got {'one of ' * listed}{kind_of(others[0])}: "
+            "`lora.train.examples(records, tokenizer, max_length=...)` makes them"
+        )
 
 
 def check_causal(model: Any) -> None:
@@ -167,6 +200,20 @@ def tokenizer_of(model: Any) -> Any:
             "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
         )
     return model.tokenizer
+
+
+def check_texts(name: str, texts: Any) -> None:
+    """Checks that texts, or the messages of chats, are in a list.
+
+    Raises:
+      TypeError: they are one text, or hold what is neither.
+    """
+    listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not listed or not all(isinstance(x, Sequence) for x in texts):
+        raise TypeError(
+            f"`{name}` must be a list of texts, or of chats' messages, got {kind_of(texts)}: one "
+            "text alone is `[text]`"
+        )
 
 
 def whole_rows(model: Any) -> bool:

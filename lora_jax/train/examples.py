@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from lora_jax.config.arguments import SettingsError, kind_of, quoted
+from lora_jax.config.arguments import SettingsError, check_count, kind_of, quoted
 from lora_jax.hf.images import Pixels
 from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.goals import Goal, goal_of
@@ -135,6 +135,7 @@ def examples(
       At least one example.
 
     Raises:
+      TypeError: no records, no tokenizer, or another configuration than a model's.
       ValueError: an example is too long under "error", has an empty answer or nothing left to
         learn, its chat template cannot be followed, or no example is left.
 
@@ -144,10 +145,16 @@ def examples(
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
-    if max_length < 2:
-        raise ValueError(f"`max_length` must be at least 2 tokens, got {max_length}")
+    check_count("max_length", max_length, least=2)
     if tokenizer is None:
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
+    if not hasattr(tokenizer, "encode_prompt"):
+        raise TypeError(
+            f"`tokenizer` must be one of `lora.hf`, as `model.tokenizer` is, got "
+            f"{kind_of(tokenizer)}: call `lora.train.examples(records, tokenizer, max_length=...)`"
+        )
+    if config is not None and not hasattr(config, "model_type"):
+        raise TypeError(f"`config` must be `model.config`, got {kind_of(config)}")
     # The records may be a generator, and are read twice.
     records, goal = list(records), goal_of(config)
     start = getattr(config, "decoder_start_token_id", None)

@@ -35,6 +35,7 @@ from lora_jax.train.examples import Example
 from lora_jax.train.flops import StepFlops
 from lora_jax.train.loss import Rows
 from lora_jax.train.memory import Memory, memory
+from lora_jax.train.preparation import Hooks
 from lora_jax.train.progress import interruptible, interruption, plot_loss, progress, show_record
 from lora_jax.train.speed import Clock, Trace, train_record
 from lora_jax.train.step import (
@@ -49,23 +50,6 @@ from lora_jax.train.step import (
 from lora_jax.tree import combine
 
 PLOT = "loss.png"
-
-
-class Hooks(NamedTuple):
-    """Callbacks of `fit`.
-
-    Attributes:
-      record: called with every train and eval record.
-      memory: called with the `Memory` when the first step is compiled.
-      score: called with the adapted tree at every evaluation; the numbers it returns are added to
-        the eval record.
-      layout: called with a line about the batches: packed or in buckets, and the padding.
-    """
-
-    record: Callable[[dict], None] | None = None
-    memory: Callable[[Memory], None] | None = None
-    score: Callable[[Any], dict[str, float]] | None = None
-    layout: Callable[[str], None] | None = None
 
 
 class Result(NamedTuple):
@@ -146,12 +130,13 @@ def fit(
       BlockingIOError: another process writes in `output_dir`.
       FloatingPointError: the loss is not a finite number.
       OSError: something cannot be written; the last checkpoint is intact.
+      TypeError: an argument of another kind, or in another's place.
       ModuleNotFoundError: the extra `llm` is not installed.
       KeyboardInterrupt: Ctrl-C; the current step is finished and saved first.
       SystemExit: SIGTERM or SIGHUP; the same.
     """
-    preparation.check_extra(config)
     hooks = hooks or Hooks()
+    preparation.check_call(model, lora_params, train_data, eval_data, config, lora_config, hooks)
     at = placement(model, lora_params)
     processes.together(lambda: meshes.check_processes(at), ValueError, "train.fit")
     preparation.check_same(config, train_data, eval_data, lora_params)

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,20 +12,68 @@ import numpy as np
 from lora_jax import processes
 from lora_jax.checkpoint.agreement import check_adapter
 from lora_jax.compat import check_installed
+from lora_jax.config.arguments import check_argument, check_tree
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, total_steps
-from lora_jax.train.evaluate import check_causal, pad_id_of, whole_rows
+from lora_jax.train.evaluate import check_causal, check_data, check_model, pad_id_of, whole_rows
 from lora_jax.train.examples import Example, data_hash
 from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.loss import TOGETHER, Rows, outputs_of
+from lora_jax.train.memory import Memory
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import trained_and_frozen
+
+
+class Hooks(NamedTuple):
+    """Callbacks of `fit`.
+
+    Attributes:
+      record: called with every train and eval record.
+      memory: called with the `Memory` when the first step is compiled.
+      score: called with the adapted tree at every evaluation; the numbers it returns are added to
+        the eval record.
+      layout: called with a line about the batches: packed or in buckets, and the padding.
+    """
+
+    record: Callable[[dict], None] | None = None
+    memory: Callable[[Memory], None] | None = None
+    score: Callable[[Any], dict[str, float]] | None = None
+    layout: Callable[[str], None] | None = None
+
+
+_CALL = "train.fit(model, lora_params, train_data, eval_data, config)"
+
+
+def check_call(
+    model: Any,
+    lora_params: Any,
+    train_data: Any,
+    eval_data: Any,
+    config: Any,
+    lora_config: Any,
+    hooks: Any,
+) -> None:
+    """Checks the types of the arguments of `fit`, which are easily confused.
+
+    Raises:
+      TypeError: one has another type.
+      ModuleNotFoundError: as `check_extra`.
+    """
+    check_argument(_CALL, "config", config, TrainConfig)
+    check_extra(config)
+    if lora_config is not None:
+        check_argument(_CALL, "lora_config", lora_config, LoraConfig)
+    check_argument(_CALL, "hooks", hooks, Hooks)
+    check_model(_CALL, model)
+    check_tree("lora_params", lora_params)
+    check_data("train_data", train_data)
+    check_data("eval_data", () if eval_data is None else eval_data)
 
 
 def check_extra(config: TrainConfig) -> None:

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat, paths
 from lora_jax.array import is_leaf, is_lora
-from lora_jax.optim import check_trainable
+from lora_jax.config.arguments import check_argument, check_count, check_key
+from lora_jax.optim import check_optimizer, check_trainable
 from lora_jax.quant.array import is_quant
 from lora_jax.train.config import TrainConfig, warmup_steps
+from lora_jax.tree import trained_and_frozen
 
 
 class TrainState(NamedTuple):
@@ -56,8 +58,18 @@ def init_state(key: Array, trainable: Any, tx: optax.GradientTransformation) -> 
     `trainable` is copied, because a step donates the state's buffers: the caller's stay valid.
 
     Raises:
-      ValueError: `trainable` is empty, or holds integers such as the codes of a quantized base.
+      TypeError: no PRNG key, or no optimizer.
+      ValueError: `trainable` is empty, holds the base too, or integers such as the codes of a
+        quantized base.
     """
+    check_key("key", key)
+    check_optimizer(tx)
+    trains, rest = trained_and_frozen(trainable)
+    if jax.tree.leaves(trains) and jax.tree.leaves(rest):
+        raise ValueError(
+            "`trainable` holds the base too, which would get moments: pass the first tree of "
+            "`lora.split(lora_params)`"
+        )
     check_trainable(trainable)
     trainable = jax.tree.map(jnp.copy, trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
@@ -219,6 +231,8 @@ def schedule(config: TrainConfig, total: int) -> Callable:
     Returns:
       `lr(step)`, step counted from 0, traceable and elementwise.
     """
+    check_argument("train.schedule(config, total)", "config", config, TrainConfig)
+    check_count("total", total)
     warm = warmup_steps(config, total)
     final = config.final_learning_rate
     decay = {
