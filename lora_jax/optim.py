@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from lora_jax import paths
 from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
 from lora_jax.compat import require
-from lora_jax.config.arguments import check_alone, check_tree
+from lora_jax.config.arguments import check_alone, check_tree, kind_of
 from lora_jax.tree import combine, trained_and_frozen
 
 
@@ -93,6 +93,14 @@ def check_trainable(trainable: PyTree, name: str = "trainable") -> None:
             )
 
 
+def check_optimizer(tx: Any) -> None:
+    """Raises `TypeError` for what is no transformation of optax."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            f"`tx` must be an optimizer of optax, got {kind_of(tx)}: pass `optax.adam(1e-3)`"
+        )
+
+
 def trainable_mask(lora_params: PyTree) -> PyTree:
     """A tree of bools for `optax.masked`, True at every array that trains."""
 
@@ -123,9 +131,11 @@ def masked(tx: Any) -> Any:
       leaves the base as it is.
 
     Raises:
+      TypeError: `tx` is no transformation.
       ValueError: from `init`, nothing in the tree trains.
     """
     optax = require("optax")
+    check_optimizer(tx)
 
     def start(params: PyTree) -> Any:
         trainable, frozen = trained_and_frozen(params)

@@ -309,6 +309,7 @@ def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
       PartitionSpec('fsdp', None)
     """
     check_tree("shapes", shapes, state=True)
+    check_argument("sharding.specs(shapes, rules, mesh_shape)", "rules", rules, Rules)
     if unknown := _unknown_axes(rules, mesh_shape):
         raise ValueError(
             f"`mesh_shape` has the axis {quoted(unknown)}, and the rules name "

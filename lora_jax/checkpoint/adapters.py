@@ -31,6 +31,7 @@ from lora_jax.checkpoint.flat import (
 from lora_jax.checkpoint.folder import (
     check_space,
     checkpointer,
+    folder_of,
     is_folder,
     newest_whole,
     place_for,
@@ -222,7 +223,7 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
       FileNotFoundError: no such folder, or a run without a checkpoint.
       ValueError: not an adapter, or one of another format.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = folder_of(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such adapter folder{_hint(directory)}")
     if is_folder(directory, ITEM):

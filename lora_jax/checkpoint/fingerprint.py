@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Shaped
 from lora_jax import compat, processes
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.flat import describe, flatten, summary
+from lora_jax.config.arguments import check_tree
 from lora_jax.dims import AnyArray
 from lora_jax.quant.array import arrays, default_roles, is_quant
 
@@ -34,7 +35,11 @@ def fingerprint(params: Any) -> dict[str, str]:
     Returns:
       By leaf name, `float32[30,576,576] 9f86d081884c7d65`; a quantized leaf is one leaf, with
       its format and block size. Values for JSON.
+
+    Raises:
+      TypeError: no tree of arrays.
     """
+    check_tree("params", params)
     leaves = flatten(base_of(params), is_leaf=is_quant)
     # An Equinox module has activation functions and numbers of Python among its leaves.
     leaves = {name: x for name, x in leaves.items() if is_quant(x) or compat.is_array(x)}

@@ -19,6 +19,7 @@ from lora_jax import processes
 from lora_jax.checkpoint.checksums import CHECKSUMS, DamagedError, split_checksums
 from lora_jax.checkpoint.flat import parse
 from lora_jax.compat import require
+from lora_jax.config.arguments import kind_of
 from lora_jax.files import replacing
 
 T = TypeVar("T")
@@ -67,13 +68,24 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
+def folder_of(directory: Any) -> Path:
+    """A folder's whole path.
+
+    Raises:
+      TypeError: it is no path.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"`directory` must be a path, got {kind_of(directory)}")
+    return Path(os.path.abspath(directory))
+
+
 def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
       FileExistsError: it holds anything other than `item`.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = folder_of(directory)
     if directory.is_dir():
         taken = any(directory.iterdir()) and not is_folder(directory, item)
     else:

@@ -19,6 +19,7 @@ from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summar
 from lora_jax.checkpoint.folder import (
     check_space,
     checkpointer,
+    folder_of,
     is_folder,
     place_for,
     quiet,
@@ -95,7 +96,7 @@ def restore_params(
     Warns:
       UserWarning: leaves that every device of the mesh holds whole.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = folder_of(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")
     if not is_folder(directory, ITEM):
@@ -125,7 +126,7 @@ def _requantized(expected: dict[str, str], got: dict[str, str]) -> list[str]:
 
 def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every leaf in a folder of `save_params`, by name; nothing is read."""
-    directory = Path(os.path.abspath(directory))
+    directory = folder_of(directory)
     weights = read_meta(directory, FORMAT, needs=("weights",))[0]["weights"]
     return {name: parse(text) for name, text in weights.items()}
 

@@ -30,6 +30,7 @@ from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 from lora_jax.checkpoint.folder import (
     check_space,
     checkpointer,
+    folder_of,
     newest_whole,
     one_line,
     quiet,
@@ -66,7 +67,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None) -> Iterato
       OSError: the folder cannot be created or written.
     """
     ocp = require("orbax.checkpoint")
-    directory = Path(os.path.abspath(directory))
+    directory = folder_of(directory)
     processes.together(lambda: _probe(directory))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     # Without explicit handlers a new manager cannot read the items of an existing checkpoint.

@@ -70,6 +70,8 @@ def check_labels(labels: Sequence[str]) -> None:
     """Refuses a text in place of names, and names of which two are the same or one is empty."""
     if isinstance(labels, str):
         raise TypeError(f"`labels` must be a list of names, got {quoted((labels,))}: a text")
+    if not isinstance(labels, Sequence) or not all(isinstance(x, str) for x in labels):
+        raise TypeError(f"`labels` must be a list of names, got {labels!r}")
     if "" in labels or len({*labels}) < len(labels):
         raise ValueError(f"`labels` must be different names, got {quoted(labels)}")
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_jax.config.arguments import check_key, kind_of
 from lora_jax.hf.checkpoint.fill import Spread
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
@@ -36,7 +37,17 @@ def init(
 
     Returns:
       The model, without a tokenizer.
+
+    Raises:
+      TypeError: no configuration, or no key.
     """
+    if not isinstance(getattr(config, "model_type", None), str):
+        raise TypeError(
+            f"`config` must be one of `lora.models`, such as a `LlamaConfig`, got "
+            f"{kind_of(config)}: call `lora.models.init(key, config)`; a parsed config.json is "
+            "read by `lora.models.config_from_hf`"
+        )
+    check_key("key", key)
     forward = forward_of(
         config,
         dtype=dtype,

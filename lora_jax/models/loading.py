@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lora_jax.config.arguments import SettingsError, check_argument, quoted
+from lora_jax.config.arguments import SettingsError, check_argument, check_key, quoted
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
@@ -123,7 +123,9 @@ def load(
     )
     check_argument("models.load(source)", "source", source, (str, os.PathLike))
     quant = quant_config(quantize)
-    check_labels(labels or ())
+    check_labels(() if labels is None else labels)
+    if fresh_head is not None:
+        check_key("fresh_head", fresh_head)
     head = _head(tuple(labels or ()), fresh_head, task, problem)
     own = dict(quantize=quant, mesh=mesh, rules=rules, fresh_head=fresh_head)
     own |= dict(labels=head.labels, task=head.task, problem=problem)

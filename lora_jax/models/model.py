@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax import compat
+from lora_jax.config.arguments import kind_of
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Kept, Stored, attention, positions_of, starts_of
 from lora_jax.models.classifier import last_states
@@ -351,6 +353,11 @@ def check_options(dtype: str, param_dtype: str, remat: Remat, offload: bool = Fa
 
 def check_inputs(tokens: Any, mask: Any, positions: Any = None, of: str = "") -> None:
     """Refuses tokens, masks and positions of another shape or dtype; `of` starts their names."""
+    if not compat.is_array(tokens):
+        raise TypeError(
+            f"`{of}tokens` must be an array of integers, (batch, length), got {kind_of(tokens)}: "
+            "pass `jnp.asarray(rows)` of rows that are equally long"
+        )
     if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         raise ValueError(
             f"`{of}tokens` must be integers of shape (batch, length), got "

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.config.arguments import kind_of
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.classifier import renamed_decoder
@@ -155,8 +156,14 @@ def config_from_hf(raw: Mapping[str, Any]) -> Any:
     """The configuration that the object in config.json states.
 
     Raises:
+      TypeError: no object.
       ValueError: an unknown model type, or a field whose value changes results and is not
         supported.
     """
+    if not isinstance(raw, Mapping):
+        raise TypeError(
+            f"`raw` must be the object in config.json, got {kind_of(raw)}: pass "
+            "`json.loads(path.read_text())`"
+        )
     check_readable(raw, ARCHITECTURES)
     return architecture_of(str(raw.get("model_type"))).from_hf(raw)

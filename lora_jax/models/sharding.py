@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from lora_jax.config.arguments import kind_of
 from lora_jax.sharding import AXES, LeafDims, Rules
 
 EXPERTS = "expert"  # the axis that the experts of a mixture are spread over, and rows
@@ -134,8 +135,13 @@ def check_axes(axes: Mapping[str, int], *, rest: bool) -> None:
       rest: whether a size may be -1, for the devices that the others leave.
 
     Raises:
+      TypeError: no dict.
       ValueError: an unknown axis, or a size that is not a whole number above 0.
     """
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            f"`mesh` must be the number of devices by axis, {{'fsdp': 8}}, got {kind_of(axes)}"
+        )
     for name, size in axes.items():
         if name not in AXES:
             raise ValueError(f"`mesh` has no axis {name!r}; expected {', '.join(AXES)}")

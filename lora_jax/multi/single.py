@@ -20,6 +20,7 @@ from lora_jax.array import (
     is_stack,
     leaves_by_path,
 )
+from lora_jax.config.arguments import integer, kind_of
 from lora_jax.multi.stack import (
     adapter_fields,
     as_lora,
@@ -49,8 +50,7 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
         room for a leaf, or the adapter is not finite.
     """
     number = count(stacked)
-    if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < number:
-        raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
+    _check_slot(index, number)
 
     def put(x: Any, one: Any) -> Any:
         if not is_stack(x):
@@ -66,6 +66,18 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
     one = stack_of_one(stacked, adapter)
     check_finite(leaves_by_path(one))
     return jax.tree.map(put, stacked, one, is_leaf=is_leaf)
+
+
+def _check_slot(index: Any, number: int) -> None:
+    """Raises ValueError unless an index is a slot of a stack; a traced one is not checked."""
+    if isinstance(index, jax.core.Tracer):
+        return
+    try:
+        fits, shown = 0 <= integer(index) < number, f"{index}"
+    except TypeError:
+        fits, shown = False, kind_of(index)
+    if not fits:
+        raise ValueError(f"`index` is {shown}, but the stack has slots 0 to {number - 1}")
 
 
 def stack_of_one(stacked: PyTree, adapter: PyTree) -> PyTree:
@@ -157,8 +169,7 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
         `train=True`).
     """
     number = count(stacked)
-    if not 0 <= index < number:
-        raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
+    _check_slot(index, number)
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     return jax.tree.unflatten(tree, [_single(paths.spell(p), x, index) for p, x in flat])
 

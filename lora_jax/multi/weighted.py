@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
+from lora_jax.config.arguments import plain
 from lora_jax.dims import factor_shapes, sizes
 from lora_jax.multi.stack import check_list, columns_of
 
@@ -132,6 +133,11 @@ def _check(
     key: PRNGKeyArray | None,
 ) -> None:
     check_list(adapters)
+    numbers = plain(weights)
+    if not isinstance(numbers, list | tuple) or not all(
+        isinstance(plain(x), int | float) for x in numbers
+    ):
+        raise TypeError(f"`weights` must be a list of numbers, got {weights!r}")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"got {len(adapters)} `adapters` and {len(weights)} `weights`: give at least one "

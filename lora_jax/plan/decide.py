@@ -15,7 +15,12 @@ from jaxtyping import PyTree
 from lora_jax import compat, paths
 from lora_jax.array import LoraArray, RowsArray, is_leaf, is_lora, widened
 from lora_jax.config import matching
-from lora_jax.config.arguments import check_argument, check_function, check_tree
+from lora_jax.config.arguments import (
+    check_argument,
+    check_arrays,
+    check_function,
+    check_tree,
+)
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
 from lora_jax.plan import roles as roles_of
@@ -81,6 +86,7 @@ def plan(
     check_argument(_CALL, "config", config, LoraConfig)
     check_function(_CALL, fn)
     check_tree("params", params)
+    check_arrays("the arguments of `fn`", jax.tree.leaves((args, kwargs)))
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     spelled = [paths.spell(key_path) for key_path, _ in flat]
     leaves = [leaf for _, leaf in flat]

@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from lora_jax import compat
+from lora_jax.config.arguments import check_arrays, kind_of
 from lora_jax.dims import AnyArray, in_dims, out_dims, sizes, to_matrix
 from lora_jax.quant import formats
 from lora_jax.quant.array import QuantArray, default_roles
@@ -74,6 +76,11 @@ def quantize_array(
     Warns:
       UserWarning: a dim of a weight on a mesh is gathered, because its shards cut superblocks.
     """
+    check_arrays(f"`{name}`", [w])
+    if not compat.is_array(w):
+        raise TypeError(
+            f"`{name}` must be an array, got {kind_of(w)}: see `lora.quantize` for trees"
+        )
     form = formats.known_format(format)
     roles = default_roles(len(w.shape)) if roles is None else roles
     scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
@@ -115,7 +122,7 @@ def _blocks(w: Any, how: _How) -> int:
 def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bool) -> None:
     if block not in formats.BLOCK_SIZES:
         known = ", ".join(map(str, formats.BLOCK_SIZES))
-        raise ValueError(f"`block_size` must be one of {known}, got {block}")
+        raise ValueError(f"`block_size` must be one of {known}, got {block!r}")
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(
             f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, got {scale_dtype!r}"

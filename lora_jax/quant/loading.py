@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 
+from lora_jax.config.arguments import with_known_fields
 from lora_jax.quant import formats
 from lora_jax.quant.array import QuantArray, default_roles
 from lora_jax.quant.encode import quantize_array
@@ -17,6 +18,7 @@ FILE = "file"
 _HEADS = frozenset({"lm_head", "score", "classifier", "pooler", "qa_outputs"})
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How a model's weights are quantized while they are loaded.

@@ -380,7 +380,7 @@ def test_a_pipe_gets_each_answer_before_it_sends_the_next_prompt(
         ("--packed-length 8", "`--packed-length` is for packed rows: add --packing, or leave it"),
         ("--packing --packed-length 8", "`--packed-length` is 8 tokens, but an example has"),
         ("--profile 2:5", "`--profile` is '2:5', but the run ends after step 2"),
-        ("--max-length 0", "`--max-length` must be at least 2 tokens, got 0"),
+        ("--max-length 0", "`--max-length` must be an integer of at least 2, got 0"),
         ("--roles zz=io", '`--roles` entry "zz" matches no leaf; nearest'),
         ("--processes 2", "`--processes` is for a run of several processes: add --distributed"),
         ("--quantize-block 32", "`--quantize-block` is 32, and the base is not quantized"),

@@ -16,6 +16,8 @@ from flax import linen, nnx
 import lora_jax as lora
 from lora_jax import analysis, train
 
+from tests.support.train_toys import Toy, toy_config, toy_data, toy_lora
+
 
 def model(params, x):
     return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
@@ -28,6 +30,21 @@ UNDROPPED = lora.LoraConfig(rank=2, target_modules=("up", "down"))
 PLAN = lora.plan(CONFIG, model, PARAMS, X)
 TREE = lora.init(KEY, PLAN, PARAMS)
 TRAINABLE, FROZEN = lora.split(TREE)
+TOY_LORA, DATA, RUN = toy_lora(), toy_data(4), toy_config()
+
+SMALL = lora.models.LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=8,
+)  # fmt: skip
+MODEL = lora.models.init(KEY, SMALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What holds parameters, as `lora.models.load` returns it."""
+
+    params: dict
+
 
 ORDERS = {
     "plan(config, fn, params, *args)": [
@@ -65,12 +82,24 @@ ORDERS = {
     "nnx.adapt(module, config, *args, key=key)": [
         lambda _: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), X, CONFIG, key=KEY),
     ],
+    "train.fit(model, lora_params, train_data, eval_data, config)": [
+        lambda _: train.fit(TOY_LORA, Toy(), DATA, None, RUN),
+        lambda _: train.fit(Toy().apply, TOY_LORA, DATA, None, RUN),
+        lambda _: train.fit(Toy(), TOY_LORA, DATA, RUN, None),
+        lambda _: train.fit(Toy(), TOY_LORA, DATA, None, CONFIG),
+        lambda _: train.fit(Toy(), TOY_LORA, DATA, None, RUN, lora_config=RUN),
+        lambda _: train.fit(Toy(), TOY_LORA, DATA, None, RUN, hooks=print),
+    ],
+    "train.evaluate(model, lora_params, data)": [
+        lambda _: train.evaluate(TOY_LORA, Toy(), DATA),
+    ],
 }
 
 
 SETTINGS: Any = {
     train.TrainConfig: {"lr": "it is `learning_rate` here", "bath_size": "the nearest are `batch_"},
     analysis.SweepConfig: {"rank": "the nearest are `ranks`"},
+    lora.quant.QuantConfig: {"double_quan": "the nearest are `double_quant`"},
     lora.LoraConfig: {"r": "PEFT's `r` is `rank` here", "lora_rank": "it is `rank` here"},
 }
 
@@ -171,6 +200,116 @@ def test_half_a_tree_is_an_error_that_names_combine(call, half, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+NO_DATA = {
+    "none": (None, "`NoneType`"),
+    "path": ("d.jsonl", "`str` 'd.jsonl'"),
+    "texts": (["a b"], "one of `str` 'a b'"),
+    "records": ([train.record_of({"text": "a"})], "one of `Record`"),
+    "arrays": (np.ones((2, 3), int), "`ndarray`"),
+    "one": (DATA[0], "`Example`"),
+    "iterator": (iter(DATA), "`list_iterator`"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DATA)
+@pytest.mark.wrong_types
+def test_data_that_are_no_examples_name_what_makes_them(name: str):
+    data, shown = NO_DATA[name]
+    text = re.escape(f"must be a list of `Example`s, got {shown}: `lora.train.examples(rec")
+    calls = {
+        "train_data": lambda: train.fit(Toy(), TOY_LORA, data, None, RUN),
+        "data": lambda: train.evaluate(Toy(), TOY_LORA, data),
+    }
+    if data is not None:  # no evaluation
+        calls["eval_data"] = lambda: train.fit(Toy(), TOY_LORA, DATA, data, RUN)
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"`{argument}` {text}"):
+            call()
+    with pytest.raises(TypeError, match="`lora_params` must be a tree of parameters, got `Plan`"):
+        train.fit(Toy(), PLAN, DATA, None, RUN)
+
+
+def test_parameters_are_given_by_keyword_as_to_the_base_function():
+    want = lora.lorafy(model)(TREE, X)
+    for call in (
+        lambda fn: fn(params=TREE, x=X),
+        lambda fn: fn(x=X, lora_params=TREE),
+        lambda fn: jax.jit(fn)(params=TREE, x=X),
+    ):
+        np.testing.assert_array_equal(call(lora.lorafy(model)), want)
+    with pytest.raises(TypeError, match=r"`lora_params` is missing: call `lora.lorafy\(fn\)\(lora"):
+        lora.lorafy(model)(x=X)
+
+
+REFUSED = {
+    "index": (lambda: lora.replace(lora.stack([TREE, TREE]), TREE, 0), "`index` is `dict`, but th"),
+    "name": (lambda: lora.replace(lora.stack([TREE]), "a", TREE), "`index` is `str` 'a', but the"),
+    "slot": (lambda: lora.multi.adapter(lora.stack([TREE]), None), "`index` is `NoneType`, but"),
+    "weight": (lambda: lora.multi.add_weighted_adapter([TREE], 1.0), "list of numbers, got 1.0"),
+    "text": (lambda: lora.multi.add_weighted_adapter([TREE], ["a"]), r"of numbers, got \['a'\]"),
+    "rate": (lambda: lora.masked(1e-3), "must be an optimizer of optax, got `float` 0.001"),
+    "maker": (lambda: lora.masked(optax.adam), "of optax, got the function `adam`: pass"),
+    "block": (lambda: lora.quantize(PARAMS, "up", block_size="64"), "must be one of .* got '64'"),
+    "tree": (lambda: lora.quant.quantize_array(PARAMS), "`w` must be an array, got `dict`"),
+    "linen": (lambda: lora.nnx.adapt(linen.Dense(4), CONFIG, X), "an `nnx.Module`, got `Dense`: "),
+    "keyless": (lambda: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), CONFIG, X),
+                "`key` must be a PRNG key, got `NoneType`"),
+    "token list": (lambda: MODEL.apply(MODEL.params, [[1, 2]]), "an array of integers, .* `list`"),
+    "token text": (lambda: MODEL.apply(MODEL.params, "hi"), "array of integers, .* `str` 'hi'"),
+    "seed": (lambda: lora.models.init(0, SMALL), "`key` must be a PRNG key, got `int` 0"),
+    "fields": (lambda: lora.models.init(KEY, {}), "`config` must be one of `lora.models`, .*`dict"),
+    "json": (lambda: lora.models.config_from_hf("config.json"), "the object in config.json, got"),
+    "count": (lambda: lora.models.load("nowhere", labels=2, fresh_head=KEY), "names, got 2"),
+    "numbers": (lambda: lora.models.load("nowhere", labels=(0, 1), fresh_head=KEY), r"\(0, 1\)"),
+    "head": (lambda: lora.models.load("nowhere", labels=("a",), fresh_head=0), "`fresh_head` must"),
+    "folder": (lambda: lora.checkpoint.save_params(PARAMS, "x"), "`directory` must be a path, got"),
+    "find": (lambda: lora.checkpoint.find(None), "must be a path, got `NoneType`"),
+    "print": (lambda: lora.checkpoint.fingerprint(Loaded(PARAMS)), "got `Loaded`: pass its `param"),
+    "task": (lambda: lora.hf.save_peft("x", TREE, CONFIG, task_type="causal"), "None, CAUSAL_LM, "),
+    "base": (lambda: lora.hf.save_peft("x", TREE, CONFIG, base_model_name=3), "model_name` must b"),
+    "rules": (lambda: lora.hf.name_map("x", {"a": "b"}), "must be a list of .path here, tensor th"),
+    "data path": (lambda: train.load_jsonl(["a"]), "`path` must be `str` or `PathLike`, got `list"),
+    "tokenizer": (lambda: train.examples([], MODEL, max_length=8), "`tokenizer` must be .* `Model"),
+    "length": (lambda: train.examples([], None, max_length="8"), "integer of at least 2, got '8'"),
+    "rows": (lambda: train.evaluate(Toy(), TOY_LORA, DATA, batch_size=0), "of at least 1, got 0"),
+    "total": (lambda: train.optimizer(3, RUN), "`config` must be `TrainConfig`, got `int` 3: call"),
+    "state key": (lambda: train.init_state(0, TRAINABLE, optax.sgd(1)), "`key` must be a PRNG key"),
+    "state": (lambda: train.init_state(KEY, TREE, optax.sgd(1)), "the first tree of `lora.split"),
+    "rate state": (lambda: train.init_state(KEY, TRAINABLE, 1), "must be an optimizer of optax"),
+    "mesh": (lambda: analysis.memory("gpt2", mesh="fsdp=8", length=8), "devices by axis, .*'fsdp="),
+    "half": (lambda: analysis.spectrum(TRAINABLE), r"`lora\.combine\(trainable, frozen\)`"),
+    "ranks": (lambda: analysis.SweepConfig(ranks="4"), "`ranks` must be whole numbers above 0, go"),
+    "specs": (lambda: lora.sharding.specs(PARAMS, None, {}), "`rules` must be `Rules`, got `None"),
+    "plain": (lambda: lora.nnx.Adapted(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), TREE, PLAN), "got a tr"),
+    "streams": (lambda: lora.init(nnx.Rngs(0), PLAN, PARAMS), "PRNG key, got `Rngs`: `jax.rand"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.wrong_types
+def test_a_value_of_another_kind_is_an_error_that_names_it(case: str, tmp_path, monkeypatch):
+    call, text = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=text):
+        call()
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.wrong_types
+def test_arrays_of_torch_are_converted_by_the_caller():
+    import torch
+
+    w, text = torch.ones(4, 8), "hold arrays of JAX or numpy, got a `Tensor` of torch: convert it, "
+    for call in (
+        lambda: lora.plan(CONFIG, model, {"up": {"kernel": w}}, X),
+        lambda: lora.plan(CONFIG, model, PARAMS, w),
+        lambda: lora.quant.quantize_array(w),
+    ):
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
 @pytest.mark.parametrize("key", [0, None, 1.5, "0", np.zeros(2), jnp.zeros(2, jnp.int32)])
 @pytest.mark.wrong_types
 def test_a_seed_is_no_key(key):
@@ -255,13 +394,6 @@ def test_a_tree_is_no_function_and_no_module():
             check(Adapted())
         with pytest.raises(TypeError, match="got the function `lora_params`: call it"):
             check(Adapted().lora_params)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """What holds parameters, as `lora.models.load` returns it."""
-
-    params: dict
 
 
 TREES = {

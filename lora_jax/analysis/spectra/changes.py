@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy.linalg import eigh
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, dense, is_leaf, is_lora
+from lora_jax.array import LoraArray, check_whole, dense, is_leaf, is_lora
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes, to_matrix
@@ -77,6 +77,8 @@ def changes(
     Raises:
       ValueError: trees of different structure or shapes, values that are not finite, or no matrix.
     """
+    for tree in (before,) if after is None else (before, after):
+        check_whole(tree)
     nothing = True
     for path, x, y in _alone(before) if after is None else _pairs(before, after):
         if len(x.shape) > 1 and _wanted(where, path):

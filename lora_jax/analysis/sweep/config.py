@@ -1,6 +1,7 @@
 """The task and the settings of a rank sweep."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,8 +86,10 @@ class SweepConfig:
             if not value and not (name == "ranks" and self.full):
                 raise ValueError(f"`{name}` is empty: give at least one")
         for name in ("ranks", "learning_rates", "full_learning_rates"):
-            if bad := [x for x in getattr(self, name) if not x > 0]:
-                raise ValueError(f"`{name}` must be above 0, got {bad[0]}")
+            kind = numbers.Integral if name == "ranks" else numbers.Real
+            if bad := [x for x in getattr(self, name) if not (isinstance(x, kind) and x > 0)]:
+                whole = "whole " * (name == "ranks")
+                raise ValueError(f"`{name}` must be {whole}numbers above 0, got {bad[0]!r}")
         if self.tune_steps is not None and self.tune_steps < 1:
             raise ValueError(f"`tune_steps` must be at least 1, got {self.tune_steps}")
         if self.together < 1:

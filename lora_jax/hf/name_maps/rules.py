@@ -135,6 +135,12 @@ def name_map(
         is not above 0.
     """
     table: Sequence[Any] = rules
+    for rule in table:
+        if isinstance(table, str | Mapping) or isinstance(rule, str) or not 2 <= len(rule) <= 4:
+            raise TypeError(
+                f"name map `{name}`: `rules` must be a list of (path here, tensor there), with a "
+                f"layout and a factor behind them or without, got {table!r}"
+            )
     made = tuple(MapRule(*rule) for rule in table)
     for rule in made:
         if not (isinstance(rule.factor, int | float) and 0 < rule.factor < math.inf):

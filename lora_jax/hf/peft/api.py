@@ -298,6 +298,8 @@ def save_peft(
     order = "hf.save_peft(directory, lora_params, config)"
     check_argument(order, "directory", directory, (str, os.PathLike))
     check_argument(order, "config", config, LoraConfig)
+    if base_model_name is not None:
+        check_argument(order, "base_model_name", base_model_name, (str, os.PathLike))
     check_whole(lora_params)
     check_single(lora_params)
     if target not in TARGETS:

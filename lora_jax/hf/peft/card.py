@@ -15,6 +15,8 @@ _OF_TASK = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+# Every type that PEFT reads.
+TASK_TYPES = (None, *_OF_TASK, "FEATURE_EXTRACTION")
 _MULTIMODAL, _MASKED = "AutoModelForImageTextToText", "AutoModelForMaskedLM"
 _IMAGES = "AutoModelForImageClassification"
 # Every class that a card may name; None is that of the task.

@@ -14,6 +14,7 @@ from lora_jax.hf.peft import directory
 from lora_jax.hf.peft.card import (
     OF_TEXTS,
     OF_WORDS,
+    TASK_TYPES,
     WRAPPED,
     is_decoder,
     is_encoder,
@@ -281,6 +282,9 @@ def _check_head(task_type: str | None, paths: Collection[str], tensors: Collecti
     Raises:
       ValueError: the file would lack a head.
     """
+    if task_type not in TASK_TYPES:
+        known = ", ".join(map(str, TASK_TYPES))
+        raise ValueError(f"`task_type` must be one of {known}, got {task_type!r}")
     if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return
     for head in _HEADS:

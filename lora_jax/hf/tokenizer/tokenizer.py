@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from lora_jax.config.arguments import kind_of
 from lora_jax.hf.tokenizer import chat
 from lora_jax.hf.tokenizer.backends import build, special_token
 from lora_jax.hf.tokenizer.panics import without_panics
@@ -207,7 +208,13 @@ class Tokenizer:
         return self.backend if spaced == text else type(self.backend).from_str(spaced)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of tokens; special tokens are left out by default."""
+        """Text of tokens; special tokens are left out by default.
+
+        Raises:
+          TypeError: a text.
+        """
+        if isinstance(ids, str):
+            raise TypeError(f"`ids` must be token ids, got {ids!r}, a text")
         text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return _cleaned(text) if self.clean_up else text
 
@@ -289,6 +296,8 @@ class Tokenizer:
             raise ValueError(f"{_named(self.paths.get(name))}{error}") from None
 
     def _encoded(self, text: str, pair: str | None = None, **options: Any) -> Any:
+        if not isinstance(text, str):
+            raise TypeError(f"the tokenizer reads one text at a time, got {kind_of(text)}")
         with self._reading():
             row = self.backend.encode(text, pair, **options)
         self._check(row)
