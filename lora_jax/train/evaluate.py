@@ -144,10 +144,10 @@ def check_model(call: str, model: Any) -> None:
     Raises:
       TypeError: it has not.
     """
-    missing = [name for name in ("apply", "head", "tokenizer") if not hasattr(model, name)]
+    missing = [name for name in ("apply", "tokenizer") if not hasattr(model, name)]
     if missing:
         raise TypeError(
-            f"`model` must have `apply`, `head` and `tokenizer`, as one of `lora.models.load` has, "
+            f"`model` must have `apply` and `tokenizer`, as one of `lora.models.load` has, "
             f"got {kind_of(model)} without `{missing[0]}`: call `lora.{call}` with the arguments "
             "in this order"
         )
