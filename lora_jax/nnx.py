@@ -318,7 +318,7 @@ def adapt(
     module: nnx.Module,
     config: LoraConfig,
     *args,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray = None,  # pyright: ignore[reportArgumentType] (refused below)
     method: str = "__call__",
     **kwargs,
 ) -> Adapted:

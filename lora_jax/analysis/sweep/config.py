@@ -1,7 +1,6 @@
 """The task and the settings of a rank sweep."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,7 +85,7 @@ class SweepConfig:
             if not value and not (name == "ranks" and self.full):
                 raise ValueError(f"`{name}` is empty: give at least one")
         for name in ("ranks", "learning_rates", "full_learning_rates"):
-            kind = numbers.Integral if name == "ranks" else numbers.Real
+            kind = int if name == "ranks" else int | float
             if bad := [x for x in getattr(self, name) if not (isinstance(x, kind) and x > 0)]:
                 whole = "whole " * (name == "ranks")
                 raise ValueError(f"`{name}` must be {whole}numbers above 0, got {bad[0]!r}")
