@@ -4,11 +4,11 @@
 
 is the sum, for adapters of any ranks and scalings (`α/r` or `α/√r`). `cat` is exact, and `svd` is
 the best approximation of a rank. The others change the sum on purpose, so that adapters disturb
-each other less: `ties` keeps the largest changes of each adapter and, for each number, only those
-of the winning sign; `dare` drops changes at random and scales up the rest; `magnitude_prune` keeps
-the largest. They work on the `ΔW_i` and then reduce the rank. PEFT's `linear`, `ties` and others
-work on `A` and `B` separately, and their product has terms `A_i·B_j` that belong to no adapter;
-only `linear` is computed as in PEFT.
+each other less: `ties` keeps the largest numbers of each adapter and, for each number, only those
+of the winning sign; `dare` drops numbers at random and scales up the rest; `magnitude_prune` keeps
+the largest. `ties_svd` and the like work on the `ΔW_i` and then reduce the rank. `linear`, `ties`
+and the like work on `A` and `B` separately, and their product has terms `A_i·B_j` that belong to no
+adapter. Names and numbers are PEFT's, but for rsLoRA, which PEFT scales by `√r` too much.
 
 Sources: TIES: Yadav et al. 2023, algorithm 1. DARE: Yu et al. 2024, eq. 2-4. The best approximation
 of a rank: Eckart and Young 1936.
@@ -28,7 +28,19 @@ from lora_jax.dims import factor_shapes, sizes
 from lora_jax.multi.stack import check_list, columns_of
 
 # The names in `_JOINS`, for annotations.
-Method = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+Method = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
 MajoritySign = Literal["total", "frequency"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -50,11 +62,12 @@ def add_weighted_adapter(
       adapters: trees with LoRA leaves over the same base.
       weights: one number for each adapter, of either sign.
       method: "cat" (exact, its rank the sum of the ranks), "svd" (the best approximation of a
-        rank), "linear" (as in PEFT: factors are added, a rough approximation, for equal ranks
-        only), or "ties", "dare_linear", "dare_ties", "magnitude_prune" on the weights' changes.
+        rank), "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd" (of what is
+        kept of the weights' changes), or "linear", "ties", "dare_linear", "dare_ties",
+        "magnitude_prune" (of the factors, a rough approximation, for equal ranks only).
       rank: of the result; by default the sum of the ranks for "cat", and the largest rank for
         the others. "cat" with a rank is "svd".
-      density: the share of each adapter's changes that the last four keep, in (0, 1].
+      density: the share of each adapter's numbers that TIES, DARE and pruning keep, in (0, 1].
       majority_sign: "total" (the sign of the sum) or "frequency" (of most adapters), for TIES.
       key: PRNG key, for DARE.
 
@@ -93,17 +106,23 @@ def add_weighted_adapter(
         else:
             # A key for each leaf: DARE must not drop the same places everywhere.
             own = None if key is None else jax.random.fold_in(key, number)
-            options = _Options(rank, density, majority_sign, own)
+            options = _Options(method, rank, density, majority_sign, own)
             out.append(join(name, [(w, _wide(x)) for w, x in parts], options))
     return jax.tree.unflatten(tree, _one_rank(out))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
+    method: str
     rank: int | None
     density: float
     majority_sign: MajoritySign
     key: jax.Array | None
+
+    def within(self, index: int) -> "_Options":
+        """With a key of its own for a matrix of the stack."""
+        key = None if self.key is None else jax.random.fold_in(self.key, index)
+        return dataclasses.replace(self, key=key)
 
 
 def common_rank(lora_params: PyTree) -> int:
@@ -248,23 +267,33 @@ def _rank(parts: list, options: _Options) -> int:
     return options.rank or max(x.rank for _, x in parts)
 
 
-def _linear(name: str, parts: list, options: _Options) -> LoraArray:
-    """PEFT's `linear`: the sums of factors weighted by `√|w·s|`, with the sign on `A`."""
-    ranks = sorted({x.rank for _, x in parts})
-    if len(ranks) > 1 or options.rank not in (None, ranks[0]):
-        raise ValueError(
-            f'`{name}`: method="linear" needs adapters of one rank, got {ranks}: use "cat" or '
-            '"svd", which approximate the sum itself'
-        )
-    a = b = jnp.zeros(())
-    for w, x in parts:
-        stack, fan_in, fan_out = sizes(x.shape, x.roles)
-        size = (w * x.scale)[..., None, None]
+def _of_factors(merge: Callable) -> Callable:
+    """A join that acts on `A` and `B`, weighted by `√|w·s|` with the sign on `A`."""
+
+    def join(name: str, parts: list, options: _Options) -> LoraArray:
+        ranks = sorted({x.rank for _, x in parts})
+        if len(ranks) > 1 or options.rank not in (None, ranks[0]):
+            raise ValueError(
+                f'`{name}`: method="{options.method}" needs adapters of one rank, got {ranks}: use '
+                '"cat" or "svd", which approximate the sum itself'
+            )
+        like = parts[0][1]
+        stack, fan_in, fan_out = sizes(like.shape, like.roles)
         # The root in both factors, so that their product has w·s.
-        root = jnp.sqrt(jnp.abs(size))
-        a = a + x.a.reshape(*stack, fan_in, x.rank) * root * jnp.where(size >= 0, 1, -1)
-        b = b + x.b.reshape(*stack, x.rank, fan_out) * root
-    return _leaf(parts[0][1], a, b)
+        weights = jnp.stack([(w * x.scale).reshape(-1) for w, x in parts])  # (adapters, stack)
+        roots = jnp.sqrt(jnp.abs(weights))
+        signed = jnp.where(weights >= 0, roots, -roots)
+        a = jnp.stack([x.a.reshape(-1, fan_in, x.rank) for _, x in parts])
+        b = jnp.stack([x.b.reshape(-1, x.rank, fan_out) for _, x in parts])
+        found = [[], []]
+        for i in range(a.shape[1]):
+            for own, x, shares, part in zip(found, (a, b), (signed, roots), (0, 1), strict=True):
+                own.append(merge(x[:, i], shares[:, i], options.within(2 * i + part)))
+        a, b = map(jnp.stack, found)
+        rank = ranks[0]
+        return _leaf(like, a.reshape(*stack, fan_in, rank), b.reshape(*stack, rank, fan_out))
+
+    return join
 
 
 def _thinned(merge: Callable) -> Callable:
@@ -287,8 +316,7 @@ def _thinned(merge: Callable) -> Callable:
             changes = jnp.stack(  # (adapters, in, out)
                 [jnp.matmul(a[index], b[index], precision=_HIGHEST) for a, b in each]
             )
-            key = None if options.key is None else jax.random.fold_in(options.key, index)
-            whole = merge(changes, weights, dataclasses.replace(options, key=key))
+            whole = merge(changes, weights, options.within(index))
             u, s, vt = jnp.linalg.svd(whole, full_matrices=False)
             matrices.append(_shared(u, s, vt, rank))
         a, b = (jnp.stack([m[i] for m in matrices]) for i in (0, 1))
@@ -340,17 +368,21 @@ def _elected(
 
 
 def _after(thin: Callable, merge: Callable) -> Callable:
-    return _thinned(lambda changes, weights, o: merge(thin(changes, o), weights, o))
+    return lambda changes, weights, options: merge(thin(changes, options), weights, options)
 
 
-_JOINS: dict[str, Callable] = {
-    "cat": _cat,
-    "svd": _svd,
-    "linear": _linear,
+_KEPT: dict[str, Callable] = {
     "ties": _after(_largest, _elected),
     "dare_linear": _after(_dropped, _sum),
     "dare_ties": _after(_dropped, _elected),
     "magnitude_prune": _after(_largest, _sum),
+}
+_JOINS: dict[str, Callable] = {
+    "cat": _cat,
+    "svd": _svd,
+    "linear": _of_factors(_sum),
+    **{name: _of_factors(merge) for name, merge in _KEPT.items()},
+    **{f"{name}_svd": _thinned(merge) for name, merge in _KEPT.items()},
 }
 
 

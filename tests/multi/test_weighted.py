@@ -116,21 +116,24 @@ def peft_change(model, weights, kind, **options):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options"),
+    ("method", "options"),
     [
-        ("cat", "cat", {}),
-        ("svd", "svd", {"rank": 2}),
-        ("linear", "linear", {}),
-        ("magnitude_prune", "magnitude_prune_svd", {"rank": 3, "density": 0.5}),
-        ("ties", "ties_svd", {"rank": 3, "density": 0.4}),
-        ("ties", "ties_svd", {"rank": 3, "density": 0.6, "majority_sign": "frequency"}),
+        ("cat", {}),
+        ("svd", {"rank": 2}),
+        ("linear", {}),
+        ("magnitude_prune_svd", {"rank": 3, "density": 0.5}),
+        ("ties_svd", {"rank": 3, "density": 0.4}),
+        ("ties_svd", {"rank": 3, "density": 0.6, "majority_sign": "frequency"}),
+        ("magnitude_prune", {"density": 0.5}),
+        ("ties", {"density": 0.4}),
+        ("ties", {"density": 0.6, "majority_sign": "frequency"}),
     ],
     ids=str,
 )
-def test_what_peft_gives(ours, theirs, options: dict[str, Any]):
+def test_what_peft_gives(method, options: dict[str, Any]):
     adapters = [make(seed, target_modules=("up",)) for seed in (1, 2, 3)]
-    weights = [0.7, 0.3, -0.4] if ours != "ties" else [0.7, 0.3, 0.4]
-    got = changes(multi.add_weighted_adapter(adapters, weights, method=ours, **options))["up"][
+    weights = [0.7, 0.3, -0.4] if "ties" not in method else [0.7, 0.3, 0.4]
+    got = changes(multi.add_weighted_adapter(adapters, weights, method=method, **options))["up"][
         "kernel"
     ]
     renamed: dict[str, str] = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
@@ -139,10 +142,10 @@ def test_what_peft_gives(ours, theirs, options: dict[str, Any]):
     factors = [np.asarray(x) for leaf in leaves for x in (leaf.a, leaf.b)]
 
     def ask():
-        change = peft_change(peft_model(adapters), weights, theirs, **spelled)
+        change = peft_change(peft_model(adapters), weights, method, **spelled)
         return {"of": factors, "change": change}
 
-    name = "-".join([theirs, *map(str, options.values())])
+    name = "-".join([method, *map(str, options.values())])
     want = oracle(f"multi/weighted/{name}", ask)
     # What was recorded is PEFT's sum of these very adapters.
     assert_close(want["of"], factors, 1e-6)
@@ -162,7 +165,7 @@ def test_dare_keeps_the_mean_and_the_key_decides():
     def one(seed):
         key = jax.random.key(seed)
         tree = multi.add_weighted_adapter(
-            adapters, [1.0], method="dare_linear", rank=OUT, density=0.5, key=key
+            adapters, [1.0], method="dare_linear_svd", rank=OUT, density=0.5, key=key
         )
         return changes(tree)["up"]["kernel"]
 
@@ -182,10 +185,29 @@ def test_a_density_keeps_whole_numbers_rounded_down():
     """As PEFT's `int(density · size)`: of 80 numbers 0.495 are 39."""
     adapter = make(1, target_modules=("up",))
     pruned = multi.add_weighted_adapter(
-        [adapter], [1.0], method="magnitude_prune", density=0.495, rank=8
+        [adapter], [1.0], method="magnitude_prune_svd", density=0.495, rank=8
     )
     kept = np.abs(changes(pruned)["up"]["kernel"]) > 1e-5
     assert kept.sum() == 39
+
+
+def test_dare_of_factors_drops_none_at_density_one_and_other_places_in_both():
+    adapters, options = [make(1), make(2)], dict(key=jax.random.key(0))
+    whole = multi.add_weighted_adapter(adapters, [1, -1], method="dare_linear", **options)
+    assert_close(
+        changes(whole), changes(multi.add_weighted_adapter(adapters, [1, -1], method="linear"))
+    )
+    half = multi.add_weighted_adapter(
+        adapters[:1], [1.0], method="dare_linear", density=0.5, **options
+    )
+    was, leaf = adapters[0]["layers"]["down"]["kernel"], half["layers"]["down"]["kernel"]
+    for name in ("a", "b"):
+        kept = np.abs(getattr(leaf, name)) > 0
+        one, two = kept[0], kept[1]
+        assert 0.2 < one.mean() < 0.8 and (one != two).any()
+    kept = np.abs(leaf.a) > 0
+    root = np.sqrt(was.scale)[:, None, None]
+    np.testing.assert_allclose(leaf.a[kept], (2 * root * was.a)[kept], rtol=1e-5)
 
 
 def test_dare_drops_other_places_in_each_leaf():
@@ -195,14 +217,14 @@ def test_dare_drops_other_places_in_each_leaf():
     plan = lora.plan(config, both, params, jnp.ones((2, IN)))
     tree = multi.add_weighted_adapter(
         [lora.init(jax.random.key(0), plan, params)], [1.0],
-        method="dare_linear", rank=OUT, density=0.5, key=jax.random.key(0),
+        method="dare_linear_svd", rank=OUT, density=0.5, key=jax.random.key(0),
     )  # fmt: skip
     one, two = (np.abs(x["kernel"]) > 1e-6 for x in lora.merge(tree).values())
     assert 0.3 < one.mean() < 0.7 and 0.2 < (one != two).mean() < 0.8
 
 
 def test_dare_drops_other_places_in_each_layer():
-    options: dict[str, Any] = dict(method="dare_linear", rank=OUT, density=0.5)
+    options: dict[str, Any] = dict(method="dare_linear_svd", rank=OUT, density=0.5)
     tree = multi.add_weighted_adapter([make(1)], [1.0], key=jax.random.key(0), **options)
     one, two = np.abs(changes(tree)["layers"]["down"]["kernel"]) > 1e-4
     assert 0.3 < one.mean() < 0.7 and 0.2 < (one != two).mean() < 0.8
