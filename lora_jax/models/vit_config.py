@@ -132,7 +132,7 @@ class ViTConfig:
           ValueError: an unknown class, or a field whose value changes results and is not supported.
         """
         check_raw(raw)
-        refuse_unsupported(raw, (*_PLAIN, "num_labels", "pooler"), {})
+        refuse_unsupported(raw, (*_PLAIN, "num_labels", "pooler"), {"is_encoder_decoder": (False,)})
         given = {name: raw[name] for name in _PLAIN if raw.get(name) is not None}
         for name in ("image_size", "patch_size"):
             if name in given:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from lora_jax.models import LlamaConfig
+from lora_jax.models.families import DIALECTS
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.rope import RopeScaling
 
@@ -137,6 +138,46 @@ def test_defaults_are_transformers():
     assert config.num_key_value_heads == 4 and config.head_dim == 8
     assert config.rope_theta == 10000.0 and config.rms_norm_eps == 1e-6
     assert not config.tie_word_embeddings and config.eos_token_ids == ()
+
+
+# The sizes in a file that leaves everything else out.
+STATED = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+num_key_value_heads max_position_embeddings n_embd n_layer n_head n_positions dim n_layers n_heads
+hidden_dim d_model d_kv d_ff num_layers num_heads image_size patch_size num_channels
+type_vocab_size embedding_size num_experts_per_tok""".split()
+OTHERS = """bert roberta distilbert electra modernbert deberta-v2 xlm-roberta camembert gpt2 t5 umt5
+mt5 vit""".split()
+GIVEN = {
+    # Heads of 42 numbers, of which 21 turn: no model has the class's own sizes.
+    "glm4_moe": {"head_dim": 128},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "llama4_text": {"interleave_moe_layer_step": 2},
+    "gemma4_text": {"num_hidden_layers": 8},  # the last one sees all tokens
+}
+# Ids of tokens are not read off the class, and a width is what None means.
+APART = {"bos_token_id", "eos_token_ids", "pooler_output_size"}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*DIALECTS, *OTHERS])
+def test_what_a_file_leaves_out_is_the_default_of_transformers(kind):
+    from transformers import CONFIG_MAPPING
+
+    given = GIVEN.get(kind, {})
+    whole = {**CONFIG_MAPPING[kind](**given).to_dict(), "model_type": kind}
+    stated = {name: whole[name] for name in STATED if whole.get(name) is not None}
+    read = config_from_hf({"model_type": kind, **stated, **given})
+    there = config_from_hf(whole)
+    names = {field.name for field in dataclasses.fields(there)} - APART
+    assert {n: getattr(read, n) for n in names} == {n: getattr(there, n) for n in names}
+
+
+def test_a_mixture_without_experts_for_a_token_is_refused():
+    with pytest.raises(
+        ValueError, match="config: `num_experts_per_tok` is missing: experts for ea"
+    ):
+        read(model_type="deepseek_v2", q_lora_rank=8)
 
 
 def test_a_real_config():

@@ -31,9 +31,16 @@ def read_experts(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
         )
     return {
         "num_experts": counts.pop() if counts else count,
-        "num_experts_per_tok": raw["num_experts_per_tok"],
+        "num_experts_per_tok": experts_per_token(raw),
         "router_aux_loss_coef": float(raw["router_aux_loss_coef"]),
     }
+
+
+def experts_per_token(raw: Mapping[str, Any]) -> int:
+    """How many experts each token runs through; not every class has a default."""
+    if raw.get("num_experts_per_tok") is None:
+        raise ValueError("config: `num_experts_per_tok` is missing: experts for each token")
+    return raw["num_experts_per_tok"]
 
 
 def write_experts(config: Any, name: str) -> dict[str, Any]:

@@ -86,6 +86,7 @@ HELIUM = Dialect(
     defaults={
         "head_dim": 128,
         "rms_norm_eps": 1e-8,
+        "rope_theta": 1e5,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 3,

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.dialect import PART, Dialect, Routing, check_fixed, read_partial_rope
+from lora_jax.models.families.experts import experts_per_token
 
 _RANKS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Layers that are not loaded, how a model was trained and is served, and what has one value.
@@ -53,7 +54,7 @@ def _read_any(raw: Mapping[str, Any], routing: Routing) -> dict[str, Any]:
         raise ValueError("config: `first_k_dense_replace` leaves no block with experts")
     return {
         "num_experts": count,
-        "num_experts_per_tok": raw["num_experts_per_tok"],
+        "num_experts_per_tok": experts_per_token(raw),
         "moe_intermediate_size": raw["moe_intermediate_size"],
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
         "dense_layers": dense if any(dense) else None,

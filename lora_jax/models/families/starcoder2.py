@@ -64,6 +64,7 @@ STARCODER2 = Dialect(
     write=_write,
     defaults={
         "norm_epsilon": 1e-5,
+        "initializer_range": 0.018042,
         "use_bias": True,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
