@@ -277,12 +277,42 @@ def test_deberta_reads_microsofts_files(saved, tmp_path):
     assert set(read.params) == {"deberta", "pooler", "classifier"}
 
 
+def test_padding_does_not_count_in_a_mean():
+    raw = {
+        **MODERN,
+        "model_type": "modernbert",
+        "num_hidden_layers": 1,
+        "classifier_pooling": "mean",
+    }
+    config = models.BertConfig.from_hf(raw, task="sequence-classification")
+    model = models.init(jax.random.key(0), config)
+    tokens = np.array([[5, 6, 7, 8]])
+    padded, mask = np.pad(tokens, ((0, 0), (0, 4))), np.arange(8)[None] < 4
+    got = model.apply(model.params, padded, mask=mask)
+    np.testing.assert_allclose(got, model.apply(model.params, tokens), atol=1e-5)
+
+
 def test_distances_beyond_half_of_the_buckets_share_rows():
     """By the logarithm, `ceil(2 log(d / 3) / log(7 / 3)) + 3`; the farthest have the last row."""
     rows = distance_rows(9, Deberta(distances=8, buckets=6))
     assert rows.tolist() == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 11]
     rows = distance_rows(5, Deberta(distances=3))
     assert rows.tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5]
+
+
+def test_distances_share_rows_as_in_transformers():
+    """Of the published sizes, 256 buckets for 512 distances."""
+
+    def theirs():
+        import torch
+        from transformers.models.deberta_v2 import modeling_deberta_v2 as there
+
+        distance = torch.arange(-599, 600)
+        return there.make_log_bucket_position(distance, 256, 512).numpy()
+
+    want = oracle(f"{PLACE}/rows of distances", theirs)
+    found = distance_rows(600, Deberta(distances=512, buckets=256))
+    np.testing.assert_array_equal(found, np.clip(want + 256, 0, 511))
 
 
 @pytest.mark.slow

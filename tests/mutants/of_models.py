@@ -133,4 +133,34 @@ FAULTS = [
         ("-codes.shape[-1] % count)])", "codes.shape[-1] % count)])"),
         ("* np.float32(127)", "* np.float32(128)"),
     ),
+    *in_file(
+        "models/deberta.py",
+        "tests/models/test_bert.py",
+        ("own.buckets // 2, own.distances - 1", "own.buckets // 2, own.distances"),
+    ),
+    *in_file(
+        "models/modernbert.py",
+        "tests/models/test_bert.py",
+        ("build.config.own.window // 2", "build.config.own.window"),
+        ("return local, whole", "return whole, local"),
+    ),
+    *in_file(
+        "models/bert.py",
+        "tests/models/test_bert.py",
+        ("summed / weights.sum(axis=1)[:, None]", "summed / weights.shape[1]"),
+    ),
+    *in_file(
+        "models/families/gemma4.py",
+        "tests/models/test_gemma4.py tests/models/test_config.py tests/models/test_dialects.py",
+        ("slides = (*slides[:-1], False)", "pass"),
+        ('"attention_multiplier": 1.0', '"attention_multiplier": None'),
+        ('"partial_rotary_factor": 0.25', '"partial_rotary_factor": 0.5'),
+    ),
+    *in_file(
+        "models/families/llama4.py",
+        "tests/models/test_llama4.py tests/models/test_config.py tests/models/test_dialects.py",
+        ("range(step - 1, blocks, step)", "range(0, blocks, step)"),
+        ('"expert_inputs_scaled": True', '"expert_inputs_scaled": False'),
+        ('float(raw["attn_scale"])', "0.1"),
+    ),
 ]  # fmt: skip

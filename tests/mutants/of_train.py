@@ -29,6 +29,7 @@ FAULTS = [
          "grad(trainable, frozen, part, key)"),
         ("jnp.zeros(p.shape, jnp.float32), compat", "jnp.zeros(p.shape, p.dtype), compat"),
         ("count = jnp.maximum(learned, 1.0)", "count = learned"),
+        ("optax.tree.norm(grads)", "optax.tree.norm(updates)"),
         ("(step + 1) / max(warm, 1)", "step / max(warm, 1)"),
         ("eps=config.epsilon", "eps=1e-6"),
         ("batch.positions.shape[-1], *reads)", "*reads)"),
@@ -134,6 +135,11 @@ FAULTS = [
         "tests/test_optim.py",
         ("tx.update(trainable, state, now)", "tx.update(trainable, state, params)"),
         ("np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype", "x.dtype"),
+    ),
+    *in_file(
+        "train/loss.py",
+        "tests/train/test_encoders.py",
+        ("positions // tokens.shape[1]", "positions // (tokens.shape[1] + 1)"),
     ),
     *in_file(
         "train/loss.py",

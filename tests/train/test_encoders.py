@@ -104,6 +104,10 @@ def test_the_loss_is_that_of_texts_alone(bare, kind):
         evaluate(model, params, data, batch_size=3), np.mean(want), atol=1e-4
     )
     assert np.mean(losses(model, result.lora_params, data)) < 0.7 * np.mean(want)
+    # More rows in a batch than a row has tokens.
+    rows = max(len(each.tokens) for each in data) + 6
+    found = evaluate(model, params, [data[2]] * (rows - 1) + [data[0]], batch_size=rows)
+    np.testing.assert_allclose(found, (want[2] * (rows - 1) + want[0]) / rows, atol=1e-4)
 
 
 @pytest.mark.slow

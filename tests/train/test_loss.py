@@ -179,11 +179,13 @@ def test_step_is_adamw_on_the_clipped_gradient_written_out():
     for k in range(1, 4):
         _, grads = value_and_grad({**params, "mix": jnp.asarray(p, jnp.float32)}, batch)
         g = np.asarray(grads["mix"], np.float64)
+        norm = np.linalg.norm(g)
         g = g * min(1, 0.01 / np.linalg.norm(g))
         m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
         p = p - 0.1 * (m / (1 - 0.8**k) / (np.sqrt(v / (1 - 0.9**k)) + 1e-3) + 0.3 * p)
         state, metrics = step(state, {"embed": params["embed"]}, batch)
         np.testing.assert_allclose(state.trainable["mix"], p, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
     assert int(state.step) == 3
 
 
