@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -147,7 +148,7 @@ hidden_dim d_model d_kv d_ff num_layers num_heads image_size patch_size num_chan
 type_vocab_size embedding_size num_experts_per_tok""".split()
 OTHERS = """bert roberta distilbert electra modernbert deberta-v2 xlm-roberta camembert gpt2 t5 umt5
 mt5 vit""".split()
-GIVEN = {
+GIVEN: dict[str, Any] = {
     # Heads of 42 numbers, of which 21 turn: no model has the class's own sizes.
     "glm4_moe": {"head_dim": 128},
     "deepseek_v2": {"num_experts_per_tok": 6},

@@ -192,7 +192,8 @@ def test_a_density_keeps_whole_numbers_rounded_down():
 
 
 def test_dare_of_factors_drops_none_at_density_one_and_other_places_in_both():
-    adapters, options = [make(1), make(2)], dict(key=jax.random.key(0))
+    adapters = [make(1), make(2)]
+    options: dict[str, Any] = dict(key=jax.random.key(0))
     whole = multi.add_weighted_adapter(adapters, [1, -1], method="dare_linear", **options)
     assert_close(
         changes(whole), changes(multi.add_weighted_adapter(adapters, [1, -1], method="linear"))
