@@ -81,7 +81,8 @@ class EstimateConfig:
     Attributes:
       method: any of "full", "lora" and "qlora".
       batch_size: rows of one forward pass, on all devices together.
-      max_length: tokens of a row; none takes 2048, or the model's context if that is shorter.
+      max_length: tokens of a row, of an encoder-decoder those of each of its texts; none takes
+        2048, or the model's context if that is shorter.
       accumulation: forward passes of one optimizer step.
       packing: rows hold several examples side by side, as `train --packing` makes them.
       rank: rank of the adapters.

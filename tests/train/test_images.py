@@ -221,6 +221,7 @@ def test_the_command_line_trains_resumes_and_classifies(directory, pictures, tmp
     assert capsys.readouterr().out == merged and merged.startswith("right ")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_the_same(directory, tmp_path):
     model = models.load(directory)
     (config, params), data = adapted(model), image_examples(arrays(model.config, 6), model)

@@ -181,7 +181,8 @@ def memory(
       quantize: format of the frozen base ("nf4", "q4_k", ...): QLoRA. As in
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
-      length: tokens of a row; the smaller of 2048 and the model's context by default.
+      length: tokens of a row, of an encoder-decoder those of each of its texts; the smaller of 2048
+        and the model's context by default.
       accumulation, packing, dtype, train_dtype, remat, offload: `StepSettings`.
       optimizer, clip, backend: the same.
       mesh: axis to number of devices; see `lora_jax.models.sharding` for what an axis shards.

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -16,7 +15,15 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
-from lora_jax.models.registry import CAUSAL_LM, IMAGE_ENCODER, architecture_of, forward_of
+from lora_jax.models.registry import (
+    CAUSAL_LM,
+    ENCODER,
+    ENCODER_DECODER,
+    IMAGE_ENCODER,
+    architecture_of,
+    forward_of,
+    inputs_of,
+)
 from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import EXPERTS, ROWS, RULES, TOKENS
 from lora_jax.paths import spell
@@ -58,7 +65,7 @@ class StepSettings:
       adapter: the adapter's config; None trains every weight.
       quantize: format of the frozen base's matrices ("nf4", "int4", ...), or None.
       batch: rows of one forward pass, on all devices together.
-      length: tokens of a row.
+      length: tokens of a row; of an encoder-decoder those of each of its texts.
       accumulation: forward passes of one optimizer step.
       packing: rows hold several examples, as `TrainConfig.packing` makes them.
       dtype: dtype of the computation and of frozen weights that are not quantized.
@@ -182,14 +189,16 @@ def abstract_step(
             "of texts: compile your own step, whose `memory_analysis()` tells it"
         )
     context = getattr(config, "context", config.max_position_embeddings)
-    if settings.length > context:
+    decodes, both = architecture.kind != ENCODER, architecture.kind == ENCODER_DECODER
+    # Distances between tokens, which T5 has, have no end.
+    if settings.length > context and not both:
         raise ValueError(
             f"`length` {settings.length} is more than the model's context of {context} tokens"
         )
     if settings.packing and architecture.kind != CAUSAL_LM:
         raise ValueError(
-            f"`packing` is for language models, and `{config.model_type}` is an encoder: leave it "
-            "out"
+            f"`packing` is for language models, and `{config.model_type}` is an "
+            f"encoder{'-decoder' * both}: leave it out"
         )
     whole = settings.adapter is None
     forward = forward_of(
@@ -210,14 +219,20 @@ def abstract_step(
     tx = settings.tx
     # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
-    forward = dataclasses.replace(forward, tokens=tokens if at is None else at.tokens)
-    if architecture.kind == CAUSAL_LM:
+    over = tokens if at is None else at.tokens
+    if both and over is not None:
+        raise ValueError(
+            f"`mesh` axis '{TOKENS}' divides the tokens of a row, and `{config.model_type}` needs "
+            "whole rows: use data and fsdp"
+        )
+    forward = forward if both else dataclasses.replace(forward, tokens=over)
+    if decodes:
         forward, rows = _on_mesh(forward, settings, base=base, params=params, at=at)
         loss = lora_loss(forward, rows)
     else:
         rows = () if at is None else at.rows
         loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
-    shapes = _batch(settings, batch, config, decodes=architecture.kind == CAUSAL_LM)
+    shapes = _batch(settings, batch, config, decodes=decodes, both=both)
     return AbstractStep(
         fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
     )
@@ -308,12 +323,11 @@ def _base(forward: Any, settings: StepSettings) -> Any:
 
 def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
     # The plan does not depend on the size of the input.
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    plan = make_plan(adapter, forward.apply, base, tokens)
+    plan = make_plan(adapter, forward.apply, base, *inputs_of(forward.config))
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
 
 
-def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool) -> Batch:
+def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool, both: bool) -> Batch:
     # The microbatches of a step are stacked: (accumulation, ...).
     def whole(*shape: int, dtype: Any = "int32") -> Any:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), dtype)
@@ -331,6 +345,7 @@ def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool) ->
         targets=whole(places, *shape, dtype=dtype),
         weights=whole(places, dtype="float32"),
         segments=segments,
+        reads=whole(batch, settings.length) if both else None,
     )
 
 
@@ -389,6 +404,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         targets=places,
         weights=places,
         segments=None if step.batch.segments is None else rows,
+        reads=None if step.batch.reads is None else rows,
     )
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, batch)

@@ -222,6 +222,35 @@ def test_other_families(name):
     assert found.activations > found.kept == 12 * 64 * 768 * 2
 
 
+# The encoder's blocks, the decoder's, and what goes from one to the other.
+T5 = dict(
+    model_type="t5", vocab_size=2000, d_model=512, d_kv=64, d_ff=1408, num_layers=4, num_heads=8,
+    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_estimate_of_two_texts_is_within_a_tenth_of_the_compiled_step(method, mesh):
+    options = {**CPU, **METHODS[method], "length": 128, "mesh": mesh}
+    found = analysis.memory(T5, **options)
+    compiled = analysis.memory(T5, exact=True, **options)
+    assert compiled.arguments == found.arguments
+    assert found.total == pytest.approx(compiled.total, rel=0.1)
+
+
+def test_two_texts_are_read_whole():
+    found = analysis.memory(T5, length=64, adapter=LoraConfig(rank=2, target_modules=["q"]))
+    # In bfloat16, what each block is given: of the encoder's and of the decoder's.
+    assert found.activations > found.kept >= 2 * 4 * 64 * 512 * 2
+    assert analysis.memory(T5, length=513).settings.length == 513  # distances have no end
+    with pytest.raises(ValueError, match="axis 'context' divides the tokens of a row, and `t5` ne"):
+        analysis.memory(T5, length=64, mesh={"context": 2})
+    with pytest.raises(ValueError, match="`packing` .* and `t5` is an encoder-decoder: leave"):
+        analysis.memory(T5, length=64, packing=True)
+
+
 def test_what_is_alive_in_a_program_that_is_known():
     """Two products and an elementwise chain between them; a loop; a donated argument."""
 
