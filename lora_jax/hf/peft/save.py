@@ -1,13 +1,21 @@
 """An indexed adapter as the content of a PEFT directory, checked against its config."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray, check_whole, leaves_by_path
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    check_whole,
+    is_lora,
+    leaves_by_path,
+)
 from lora_jax.config import matching
-from lora_jax.config.arguments import check_argument
+from lora_jax.config.arguments import check_argument, quoted
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
@@ -31,7 +39,7 @@ from lora_jax.hf.peft.index import (
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, check_shared, tied_config, ties
 from lora_jax.multi.single import check_single
-from lora_jax.paths import module_of
+from lora_jax.paths import bare, module_of
 
 AUTO = "auto"
 
@@ -122,7 +130,28 @@ def content_of(
         if ties(config) and HEAD in config.target_modules:
             # The tree has no such module; for PEFT the entry ties head and embedding.
             fields["target_modules"].append(HEAD)
+    _warn_of_bare_targets(index)
     return fields, tensors
+
+
+def _warn_of_bare_targets(index: AdapterIndex) -> None:
+    """Warns of entries of `target_modules` whose modules in the tree have no adapter."""
+    targets = index.config.target_modules
+    held = (*index.adapted, *index.parameters, *map(module_of, map(bare, index.rows)))
+    rest = [
+        entry
+        for entry in (() if isinstance(targets, str) else targets)
+        if not any(matching.ends_with(name, entry) for name in held)
+    ]
+    frozen = (module_of(bare(path)) for path, leaf in index.leaves.items() if not is_lora(leaf))
+    plain = {name for name in frozen if not matching.is_excluded(index.config, name)}
+    if found := [entry for entry in rest if any(matching.ends_with(x, entry) for x in plain)]:
+        warnings.warn(
+            f"lora_params: the modules that `target_modules` calls {quoted(found)} have no adapter "
+            "in this tree, and a reader of the file looks for one: pass the config that the tree "
+            "was made with",
+            stacklevel=4,
+        )
 
 
 def _is_exact(config: LoraConfig) -> bool:

@@ -311,6 +311,14 @@ def test_vllm_refuses(fields, what, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_targets_without_an_adapter_are_said(tree):
+    wide = dataclasses.replace(QV, target_modules=("q_proj", "v_proj", "o_proj"))
+    with pytest.warns(
+        UserWarning, match='calls "o_proj" have no adapter in this tree, and a reader'
+    ):
+        to_peft(tree, wide)
+
+
 def test_vllm_refuses_what_only_peft_knows(tmp_path):
     config = dataclasses.replace(QV, lora_bias=True)
     tree = randomized(planted(random_params(), config), config)
