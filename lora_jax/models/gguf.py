@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
@@ -50,7 +51,7 @@ def config_of(
     *,
     path: Path,
     divisors: np.ndarray | None = None,
-) -> LlamaConfig:
+) -> LlamaConfig | GPT2Config:
     """The configuration of the model in a GGUF file.
 
     Args:
@@ -114,8 +115,11 @@ def config_of(
         **read,
     )
     raw["num_hidden_layers"] -= read.get("num_nextn_predict_layers", 0)
+    raw = {name: x for field, x in raw.items() if (name := row.renamed.get(field, field))}
     try:
-        return _with_tensors(config_from_hf(raw), shapes, row.stack, scaling)
+        config = config_from_hf(raw)
+        rotates = isinstance(config, LlamaConfig)
+        return _with_tensors(config, shapes, row.stack, scaling) if rotates else config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

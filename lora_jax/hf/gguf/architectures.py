@@ -34,7 +34,7 @@ class GgufArchitecture(NamedTuple):
     """One architecture of llama.cpp.
 
     Attributes:
-      model_type: Hugging Face's name of the family; None for one whose models are not read here.
+      model_type: Hugging Face's name of the family.
       linears: a block's modules that may carry an adapter.
       others: its other modules.
       stack: the list of blocks.
@@ -46,11 +46,13 @@ class GgufArchitecture(NamedTuple):
       fixed: fields of config.json that every model of the architecture has.
       rotary: the field with the share of a head that is rotated, or None.
       added: what the file has added to the scales of norms.
+      turned: the linears' weights are (in, out) under Hugging Face's names.
+      renamed: fields of config.json that have another name there, or None for those it lacks.
       whole_at: the number of blocks of the one model whose queries are divided by the root of the
         width by heads, and not of the size of a head; no key states it.
     """
 
-    model_type: str | None
+    model_type: str
     linears: tuple[str, ...] = _DENSE
     others: tuple[str, ...] = _NORMS
     stack: str = "model.layers"
@@ -61,6 +63,8 @@ class GgufArchitecture(NamedTuple):
     fixed: Mapping[str, Any] = {}
     rotary: str | None = None
     added: float = 0.0
+    turned: bool = False
+    renamed: Mapping[str, str | None] = {}
     whole_at: int | None = None
 
 
@@ -180,10 +184,17 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys={**_RMS, "attention.sliding_window": "sliding_window"},
         rotary="partial_rotary_factor",
     ),
-    # Its adapters are written and read, models are not read.
     "gpt2": GgufArchitecture(
-        None, _GPT2, ("ln_1", "ln_2"), stack="transformer.h",
+        "gpt2", _GPT2, ("ln_1", "ln_2"), stack="transformer.h",
         outer=("transformer.wte", "lm_head", "transformer.ln_f", "transformer.wpe"),
+        keys={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+        turned=True,
+        renamed={
+            "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions",
+            "hidden_size": "n_embd", "intermediate_size": "n_inner",
+            "num_attention_heads": "n_head", "num_key_value_heads": None, "head_dim": None,
+            "rope_theta": None,
+        },
     ),
 }  # fmt: skip
 
@@ -192,12 +203,12 @@ def gguf_architecture(metadata: Mapping[str, Any], path: Path) -> str:
     """The architecture that a file's metadata names.
 
     Raises:
-      ValueError: models of it are not read.
+      ValueError: it is not known here.
     """
     kind = str(metadata.get("general.architecture"))
-    known = [name for name, row in GGUF_ARCHITECTURES.items() if row.model_type]
-    if kind not in known:
-        raise ValueError(f"{path}: architecture `{kind}` is not one of {', '.join(known)}")
+    if kind not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
     return kind
 
 

@@ -10,13 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.files import read_json
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, row_order, their_names
+from lora_jax.hf.gguf.architectures import (
+    GGUF_ARCHITECTURES,
+    gguf_architecture,
+    row_order,
+    their_names,
+)
 from lora_jax.hf.gguf.file import open_gguf
 
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
-    **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items() if row.model_type},
-    **{"mistral": "llama", "mixtral": "llama", "gpt2": "gpt2"},
+    **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items()},
+    **{"mistral": "llama", "mixtral": "llama"},
 }
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
@@ -94,11 +99,8 @@ def read_base(source: str | Path) -> Base:
 
 def _from_gguf(path: Path) -> Base:
     file = open_gguf(path)
-    kind = str(file.metadata.get("general.architecture"))
+    kind = gguf_architecture(file.metadata, path)
     facts = {k.removeprefix(f"{kind}."): v for k, v in file.metadata.items()}
-    if kind not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
     heads = facts.get("attention.head_count", 0)

@@ -37,6 +37,7 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
             "fresh head); merge without `requantize`"
         )
     order, added = order_of(file, place), added_to(file, place)
+    numbers = numbers.T if place.turned else numbers
     there = (numbers if order is None else numbers[order]) + added
     tensor, part = file.tensors[place.tensor], ()
     if place.expert is not None:  # all experts are one tensor
@@ -48,7 +49,8 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
     back = read_tensor(file, place.tensor, part) - added
     back = back if place.expert is None else back[0]
-    return back if order is None else back[np.argsort(order)]
+    back = back if order is None else back[np.argsort(order)]
+    return back.T if place.turned else back
 
 
 def _encoded(file: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:

@@ -20,11 +20,15 @@ from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
 
 
 class Place(NamedTuple):
-    """Where a weight lies: its tensor, Hugging Face's module, the number of an expert in it."""
+    """Where a weight lies: its tensor, Hugging Face's module, the number of an expert in it.
+
+    `turned` weights are (in, out) there, where the file has (out, in).
+    """
 
     tensor: str
     module: str
     expert: int | None = None
+    turned: bool = False
 
 
 def weights_of(file: Gguf) -> Weights:
@@ -38,18 +42,19 @@ def weights_of(file: Gguf) -> Weights:
     theirs = places_of(file)
     kinds = require("gguf").GGMLQuantizationType
     types = {name: kinds(file.tensors[t.tensor].kind).name for name, t in theirs.items()}
-    shapes = {n: file.tensors[t.tensor].shape[t.expert is not None :] for n, t in theirs.items()}
+    inside = {n: file.tensors[t.tensor].shape[t.expert is not None :] for n, t in theirs.items()}
+    shapes = {n: shape[::-1] if theirs[n].turned else shape for n, shape in inside.items()}
 
     def there(name: str, part: Part) -> tuple[Any, ...]:
         """The part in the file's order of rows."""
         place = theirs[name]
-        found: tuple[Any, ...] = part
+        found: tuple[Any, ...] = part[::-1] if place.turned else part
         if (order := order_of(file, place)) is not None:
-            rows, *rest = part or (slice(None),)
+            rows, *rest = found or (slice(None),)
             found = np.argsort(order)[rows], *rest
         if place.expert is None:
             return found
-        every = tuple(slice(0, n) for n in shapes[name])
+        every = tuple(slice(0, n) for n in inside[name])
         return slice(place.expert, place.expert + 1), *(found or every)
 
     def one(name: str, found: np.ndarray) -> np.ndarray:
@@ -57,12 +62,14 @@ def weights_of(file: Gguf) -> Weights:
 
     def read(name: str, part: Part = ()) -> np.ndarray:
         found = one(name, read_tensor(file, theirs[name].tensor, there(name, part)))
-        return found - added if (added := added_to(file, theirs[name])) else found
+        found = found - added if (added := added_to(file, theirs[name])) else found
+        return found.T if theirs[name].turned else found
 
     def blocks(name: str, part: Part = ()) -> QuantArray:
         tensor = theirs[name].tensor
         rows = one(name, file.stored(tensor, of_bytes(file, tensor, there(name, part))[0]))
-        return from_gguf(rows, types[name], roles="oi", name=f"{file.path}: {tensor}")
+        roles = "io" if theirs[name].turned else "oi"
+        return from_gguf(rows, types[name], roles=roles, name=f"{file.path}: {tensor}")
 
     held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
     return Weights(
@@ -79,7 +86,7 @@ def places_of(file: Gguf) -> dict[str, Place]:
     """Where each weight lies, by Hugging Face's name."""
     kind = gguf_architecture(file.metadata, file.path)
     ours = {theirs: module for module, theirs in their_names(kind).items()}
-    stack, found = GGUF_ARCHITECTURES[kind].stack, {}
+    row, found = GGUF_ARCHITECTURES[kind], {}
     beyond = _main_blocks(file, kind)
     for name, tensor in file.tensors.items():
         block, part, ending = _parts(name)
@@ -91,7 +98,7 @@ def places_of(file: Gguf) -> dict[str, Place]:
         if module is None or ending not in ("weight", "bias"):
             where = f"no place in a decoder of the architecture `{kind}`"
             raise ValueError(f"{file.path}: tensor `{name}` has {where}")
-        start = "" if block is None else f"{stack}.{block}."
+        start = "" if block is None else f"{row.stack}.{block}."
         if module.endswith("e_score_correction"):
             module, ending = module.removesuffix(".e_score_correction"), "e_score_correction_bias"
         first, experts, last = module.partition(".experts.")
@@ -99,7 +106,8 @@ def places_of(file: Gguf) -> dict[str, Place]:
             for n in range(tensor.shape[0]):
                 found[f"{start}{first}{experts}{n}.{last}.{ending}"] = Place(name, module, n)
         else:
-            found[f"{start}{module}.{ending}"] = Place(name, module)
+            turned = row.turned and ending == "weight" and module in row.linears
+            found[f"{start}{module}.{ending}"] = Place(name, module, turned=turned)
     return found
 
 
