@@ -122,11 +122,10 @@ def open_encoder(
     forward = EncoderForward(config=config, **options)
     tokenizer = from_directory(directory, rows=config.vocab_size)
 
-    def read(spread: Spread | None) -> Model:
-        params = _fill(forward, weights, fresh_head, spread)
-        return Model(forward, params, tokenizer, checkpoint=directory)
+    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
+        return forward, _fill(forward, weights, fresh_head, spread)
 
-    return Opened(forward, weights, read)
+    return Opened(Model(forward, {}, tokenizer, checkpoint=directory), weights, read)
 
 
 def _directory(source: str | Path) -> Path:

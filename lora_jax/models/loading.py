@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -73,6 +73,7 @@ def load(
     fresh_head: Array | None = None,
     task: str | None = None,
     problem: Problem | None = None,
+    prepare: Callable[[Model], None] | None = None,
 ) -> Model:
     """Loads a model and its tokenizer.
 
@@ -101,6 +102,8 @@ def load(
         "token-classification", or "question-answering", which has no `labels`.
       problem: of a head for texts: "single_label_classification", "multi_label_classification"
         or "regression"; None is one class of several `labels`, and a value with one.
+      prepare: called with the model before its parameters are read, which takes long: an error in
+        what depends on tokenizer and configuration alone is raised there.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -134,6 +137,7 @@ def load(
             lambda: _open(Path(source), str(source), options, quant=quant, head=head),
             spread,
             {**options, **own},
+            prepare,
         )
 
 
@@ -277,11 +281,10 @@ def _open_directory(
         tokenizer = from_directory(directory, rows=config.vocab_size)
         generation = read_object(directory / "generation_config.json", optional=True)
 
-    def read(spread: Spread | None) -> Model:
-        own, params = _fill(forward, weights, quant, spread, head)
-        return Model(own, params, tokenizer, generation, checkpoint=directory)
+    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
+        return _fill(forward, weights, quant, spread, head)
 
-    return Opened(forward, weights, read)
+    return Opened(Model(forward, {}, tokenizer, generation, checkpoint=directory), weights, read)
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
@@ -320,11 +323,10 @@ def _open_gguf(
     forward = forward_of(head.on(config, path), **options)
     tokenizer = from_gguf(file.metadata, path=path, rows=config.vocab_size)
 
-    def read(spread: Spread | None) -> Model:
-        own, params = _fill(forward, weights, quant, spread, head)
-        return Model(own, params, tokenizer, checkpoint=path)
+    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
+        return _fill(forward, weights, quant, spread, head)
 
-    return Opened(forward, weights, read)
+    return Opened(Model(forward, {}, tokenizer, checkpoint=path), weights, read)
 
 
 def _fill(

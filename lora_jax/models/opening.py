@@ -25,18 +25,22 @@ class Opened(NamedTuple):
     """A model of which everything but the parameters is read.
 
     Attributes:
-      forward: its forward pass, with the configuration.
+      model: the model without parameters.
       weights: its tensors.
-      read: reads the parameters; its argument is as in `fill`.
+      read: reads the parameters; its argument is as in `fill`. Returns them with the forward pass,
+        whose blocks may be stacked otherwise.
     """
 
-    forward: Any
+    model: Model
     weights: Weights
-    read: Callable[[Spread | None], Model]
+    read: Callable[[Spread | None], tuple[Any, dict[str, Any]]]
 
 
 def read_together(
-    opens: Callable[[], Opened], spread: Spread | None, settings: Mapping[str, Any]
+    opens: Callable[[], Opened],
+    spread: Spread | None,
+    settings: Mapping[str, Any],
+    prepare: Callable[[Model], None] | None = None,
 ) -> Model:
     """Reads a model, after all processes whose devices it is spread over have found the same.
 
@@ -44,22 +48,34 @@ def read_together(
       opens: opens the model in this process.
       spread: as in `fill`.
       settings: the arguments of the loader.
+      prepare: called with the model before its parameters are read; raises where it does not fit.
 
     Raises:
-      ValueError: `opens` fails in another process, or the processes have opened different models
-        or have different settings.
+      ValueError: `opens` or `prepare` fails in another process, or the processes have opened
+        different models or have different settings.
     """
-    if not is_shared(spread):
-        return opens().read(spread)
+
+    def opened() -> Opened:
+        found = opens()
+        if prepare is not None:
+            prepare(found.model)
+        return found
 
     def do() -> tuple[Opened, dict[str, str]]:
-        found = opens()
+        found = opened()
         return found, {**_as_text(settings), **_described(found)}
 
+    if not is_shared(spread):
+        return _read(opened(), spread)
     with processes.reachable():
         found, texts = processes.together(do, ValueError, "models.load")
         processes.check_same(texts, "models.load")
-        return found.read(spread)
+        return _read(found, spread)
+
+
+def _read(found: Opened, spread: Spread | None) -> Model:
+    forward, params = found.read(spread)
+    return dataclasses.replace(found.model, forward=forward, params=params)
 
 
 def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -75,7 +91,7 @@ def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _described(found: Opened) -> dict[str, str]:
     """What tells a checkpoint from another one: its configuration, its tensors, some numbers."""
-    config, weights = found.forward.config, found.weights
+    config, weights = found.model.config, found.weights
     fields = {f"config.{f.name}": repr(getattr(config, f.name)) for f in dataclasses.fields(config)}
     shapes = sorted((name, tuple(shape)) for name, shape in weights.shapes.items())
     some = [weights.read(*_part(*each)).tobytes() for each in shapes[:: -(-len(shapes) // _SOME)]]

@@ -54,17 +54,15 @@ def open_images(
         config = replace(config, labels=tuple(labels), problem_type=problem)
     forward, processor = ImageForward(config=config, **options), read_processor(directory)
 
-    def read(spread: Spread | None) -> Model:
+    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
         shapes = forward.shapes()
         if fresh_head is None:
-            params = fill(shapes, weights, family=VIT, spread=spread)
-            return Model(forward, params, processor=processor)
+            return forward, fill(shapes, weights, family=VIT, spread=spread)
         made = draw(fresh_head, {_HEAD: shapes[_HEAD]}, config, spread=spread)
         rest = {name: each for name, each in shapes.items() if name != _HEAD}
-        params = {**fill(rest, weights, family=VIT, spread=spread), **made}
-        return Model(forward, params, processor=processor)
+        return forward, {**fill(rest, weights, family=VIT, spread=spread), **made}
 
-    return Opened(forward, weights, read)
+    return Opened(Model(forward, {}, processor=processor), weights, read)
 
 
 def _as_ours(weights: Weights, config: ViTConfig, *, fresh: bool) -> Weights:

@@ -23,6 +23,7 @@ from lora_jax.models.heads import ANSWERS, Problem
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.registry import IMAGE_ENCODER, inputs_of, kind_of_model
 from lora_jax.models.remat import Remat
+from lora_jax.models.sharding import TOKENS
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
@@ -31,11 +32,12 @@ from lora_jax.recipes.fitting import check_mesh, fitted, head_of, join, with_hea
 from lora_jax.recipes.forms import NOTHING, Trained, TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
-from lora_jax.train.archive import check_new_run
+from lora_jax.train.archive import check_new_run, check_resumed
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.evaluate import check_causal, check_model
 from lora_jax.train.examples import TooLong
 from lora_jax.train.goals import goal_of
+from lora_jax.train.preparation import arrange
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
@@ -149,14 +151,20 @@ def finetune(
     held_out = [] if job.eval_data is None else _records(job.eval_data, job)
     job = _with_classes(job, records, log)
     head = head_of(job)
+    data: list[train.Example] = []
+    eval_data: list[train.Example] = []
+
+    def prepare(model: Any) -> None:
+        check_causal(model)
+        data.extend(_examples(model, records, job))
+        eval_data.extend(_examples(model, held_out, job) if held_out else ())
+        _check_run(model, data, job, lora_config, train_config)
+
     model = load_model(
         job.model, dtype=job.dtype, remat=job.remat, offload=job.offload, quantize=job.quantize,
         quantize_block=job.quantize_block, attention=job.attention, mesh=job.mesh,
-        head=head, seed=train_config.seed,
+        head=head, seed=train_config.seed, prepare=prepare,
     )  # fmt: skip
-    check_causal(model)
-    data = _examples(model, records, job)
-    eval_data = _examples(model, held_out, job) if held_out else None
     if job.adapter is not None:
         params, lora_config = continued(model, job.adapter, lora_config)
         log(f"goes on from {job.adapter}: {_described(lora_config)}")
@@ -237,6 +245,22 @@ def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, 
     return params, dataclasses.replace(own, dropout=config.dropout)
 
 
+def _check_run(
+    model: Any,
+    data: Sequence[train.Example],
+    job: FinetuneConfig,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+) -> None:
+    """Checks what `fit` would refuse, as far as no parameters are needed."""
+    axes: Mapping[str, Any] | None = job.mesh
+    spans = 1 if axes is None else models.make_mesh(**axes).shape.get(TOKENS, 1)
+    _, choice, total = arrange(model, data, train_config, spans)
+    if job.device_memory is None:  # which chooses other settings
+        config = None if job.adapter else with_head(model, lora_config)
+        check_resumed(train_config, total, data, packed=choice.length, lora_config=config)
+
+
 def _described(config: LoraConfig) -> str:
     targets = config.target_modules
     names = targets if isinstance(targets, str) else " ".join(targets)
@@ -310,8 +334,12 @@ def load_model(
     mesh: Mapping[str, Any] | None = None,
     head: Trained = NOTHING,
     seed: int = 0,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Any:
-    """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
+    """Loads a model; "smollm2" is the installed demo model.
+
+    Settings as in `FinetuneConfig`; `prepare` as in `lora_jax.models.load`.
+    """
     if offload and jax.default_backend() == "cpu":
         raise SettingsError(
             "`offload` moves activations from a device to its host, and this device is the host: "
@@ -336,6 +364,7 @@ def load_model(
         fresh_head=jax.random.key(seed) if head.has_head else None,
         task=head.task,
         problem=head.problem,
+        prepare=prepare,
     )
 
 

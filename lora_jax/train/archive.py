@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import Loader
 from lora_jax.train.config import TrainConfig, fixed_fields
-from lora_jax.train.examples import data_hash
+from lora_jax.train.examples import Example, data_hash
 from lora_jax.train.step import TrainState
 
 
@@ -156,18 +156,61 @@ def describe(
     lora_params: Any,
 ) -> dict:
     """The identity of a run as JSON values, stored in every checkpoint."""
-    # Left out of runs in buckets, so that they match checkpoints from before there was packing.
-    packed = {} if data.by_rank is None else {"packed_length": data.ladder[0]}
-    described = {
-        "format": RUN_FORMAT,
-        "train": {**fixed_fields(config), **packed, "steps": total},
-        "lora": None if lora_config is None else config_json(lora_config),
-        "data": data_hash(data.examples),
-        "base": fingerprint(lora_params),
-        "plan": outline(lora_params),
-    }
+    packed = None if data.by_rank is None else data.ladder[0]
+    settings = _settings(config, total, data.examples, packed, lora_config)
     # Through JSON, as the stored one is: a tuple would differ from the list that is read back.
-    return json.loads(json.dumps(described))
+    of_model = {"base": fingerprint(lora_params), "plan": outline(lora_params)}
+    return json.loads(json.dumps({**settings, **of_model}))
+
+
+def _settings(
+    config: TrainConfig,
+    total: int,
+    data: Sequence[Example],
+    packed: int | None,
+    lora_config: LoraConfig | None,
+) -> dict:
+    # Left out of runs in buckets, so that they match checkpoints from before there was packing.
+    more = {} if packed is None else {"packed_length": packed}
+    return {
+        "format": RUN_FORMAT,
+        "train": {**fixed_fields(config), **more, "steps": total},
+        "lora": None if lora_config is None else config_json(lora_config),
+        "data": data_hash(data),
+    }
+
+
+def check_resumed(
+    config: TrainConfig,
+    total: int,
+    data: Sequence[Example],
+    *,
+    packed: int | None,
+    lora_config: LoraConfig | None,
+) -> None:
+    """Checks the settings and the data of a run that is resumed, before a model is loaded.
+
+    Args:
+      config: the run.
+      total: its optimizer steps.
+      data: its examples.
+      packed: tokens of a packed row, or None.
+      lora_config: the adapter's config; None where it is not known yet, and not compared.
+
+    Raises:
+      ValueError: the run that is there has others.
+    """
+    place = None if config.output_dir is None else config.output_dir.absolute() / RUN_CHECKPOINTS
+    # Several processes compare when all of them have opened the folder.
+    if place is None or not config.resume or not steps_in(place) or processes.several():
+        return
+    with checkpoints.manager(place, keep=config.keep) as opened:
+        found = checkpoints.read_meta_of(opened)
+    assert found is not None
+    now = json.loads(json.dumps(_settings(config, total, data, packed, lora_config)))
+    was = found[1]["run"]
+    unknown = {"lora": was["lora"]} if lora_config is None else {}
+    _check_settings(was, {**now, **unknown}, where=str(place), newest=found[0])
 
 
 def start(opened: Archive | None, state: TrainState, described: dict, lora_params: Any) -> Start:
@@ -211,9 +254,14 @@ def save(opened: Archive, step: int, state: TrainState, *, described: dict, posi
 
 
 def _check(was: dict, now: dict, lora_params: Any, *, where: str, newest: int) -> None:
+    if was["format"] == now["format"]:
+        check_base(was["base"], lora_params, where=where)
+    _check_settings(was, now, where=where, newest=newest)
+
+
+def _check_settings(was: dict, now: dict, *, where: str, newest: int) -> None:
     if was["format"] != now["format"]:
         raise ValueError(f"{where}: expected format {now['format']!r}, got {was['format']!r}")
-    check_base(was["base"], lora_params, where=where)
     kept = [was["train"], now["train"]]
     if newest == was["train"]["steps"] < now["train"]["steps"]:
         # A finished run goes on: its schedule is now that of the longer run.

@@ -29,7 +29,7 @@ from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
 from lora_jax.train.batches import Batch, Item, iterate
-from lora_jax.train.config import TrainConfig, check_total, steps_between_saves
+from lora_jax.train.config import TrainConfig, steps_between_saves
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss
 from lora_jax.train.examples import Example
 from lora_jax.train.flops import StepFlops
@@ -170,7 +170,6 @@ def _fit(
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
     rows = meshes.rows_of(at, lora_params)
     data, total, text = preparation.layout(model, train_data, config, rows)
-    check_total(config, total)
     if hooks.layout is not None:
         hooks.layout(text)
     every = [*train_data, *(eval_data or ())]

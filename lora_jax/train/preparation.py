@@ -18,13 +18,13 @@ from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_mod
 from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
-from lora_jax.train.config import TrainConfig, total_steps
+from lora_jax.train.config import TrainConfig, check_total, total_steps
 from lora_jax.train.evaluate import check_causal, check_data, check_model, pad_id_of, whole_rows
 from lora_jax.train.examples import Example, data_hash
 from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.memory import Memory
-from lora_jax.train.packing import choose
+from lora_jax.train.packing import Choice, choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import trained_and_frozen
@@ -159,30 +159,45 @@ class Layout(NamedTuple):
     text: str
 
 
-def layout(
-    model: Any, data: Sequence[Example], config: TrainConfig, rows: Rows = TOGETHER
-) -> Layout:
-    """Lays the data out in buckets, or in packed rows.
+def arrange(
+    model: Any, data: Sequence[Example], config: TrainConfig, spans: int = 1
+) -> tuple[tuple[int, ...], Choice, int]:
+    """The buckets, whether to pack, and the optimizer steps of a run; needs no parameters.
+
+    Args:
+      model, data, config: as for `fit`.
+      spans: the parts of a row on a mesh.
 
     Raises:
-      ValueError: an encoder, there is no data, it does not fit, or the model takes no packed rows.
+      ValueError: an encoder, there is no data, it does not fit, the model takes no packed rows, or
+        the run ends before its warm-up or its profile.
     """
     check_causal(model)
     lengths = lengths_of(data)
-    ladder = ladder_of(config.buckets, lengths, rows.spans)
+    ladder = ladder_of(config.buckets, lengths, spans)
     able = _takes_packed(model, config)
     choice = choose(
         lengths,
         ladder,
-        _row_length(config, lengths, rows.spans),
+        _row_length(config, lengths, spans),
         rows=config.batch_size * config.accumulation,
         # A model of the user's own may have no config: that of a small one.
         width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
         packing=config.packing if able else False,
     )
     packed, padded = choice.padding
-    worth = able and config.packing is False and padded > _PADDED and 2 * packed < padded
+    if able and config.packing is False and padded > _PADDED and 2 * packed < padded:
+        choice = choice._replace(text=f"{choice.text}; consider packing")
     total = total_steps(config, choice.steps)
+    check_total(config, total)
+    return ladder, choice, total
+
+
+def layout(
+    model: Any, data: Sequence[Example], config: TrainConfig, rows: Rows = TOGETHER
+) -> Layout:
+    """Lays the data out in buckets, or in packed rows; raises as `arrange`."""
+    ladder, choice, total = arrange(model, data, config, rows.spans)
     prepared = loader(
         data,
         batch_size=config.batch_size,
@@ -196,8 +211,7 @@ def layout(
         # Without them the load of experts would count padding, and an encoder would read it.
         segmented=config.balance_experts or whole_rows(model),
     )
-    hint = "; consider packing" if worth else ""
-    return Layout(prepared, total, choice.text + hint)
+    return Layout(prepared, total, choice.text)
 
 
 def balance_of(model: Any, config: TrainConfig) -> float:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
@@ -137,6 +139,38 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(job, tmp_
     config = dataclasses.replace(RUN, output_dir=tmp_path / "a" / "out")
     with pytest.raises(NotADirectoryError, match="`output_dir` is .*out, and .*a is a file"):
         finetune.finetune(job, LORA, config)
+
+
+@pytest.mark.parametrize(
+    ("run_fields", "job_fields", "rank", "text"),
+    [
+        ({"packed_length": 3, "packing": True}, {}, 2, "`packed_length` is 3 tokens, but an exam"),
+        ({"profile": "8:9"}, {}, 2, "`profile` is '8:9', but the run ends after step 2"),
+        ({"warmup": 7}, {}, 2, "`warmup` is 7 steps, but the run ends after step 2"),
+        ({"buckets": (4,)}, {}, 2, "`buckets`"),
+        ({}, {"max_length": 9}, 2, "the example has .* tokens, more than `max_length`, 9"),
+        ({"resume": True, "learning_rate": 0.5}, {}, 2, "another config: `learning_rate` was"),
+        ({"resume": True}, {}, 4, "another config: .*`rank` was 2 and is 4"),
+        ({"resume": True}, {"fields": {"prompt": "answer", "completion": "question"}}, 2,
+         "was trained on other data"),
+        ({"resume": True}, {}, 2, "1 missing: `model.norm"),  # as far as the weights
+    ],
+)  # fmt: skip
+def test_what_needs_no_weights_is_refused_before_they_are_read(
+    job, run, tmp_path, run_fields, job_fields, rank, text
+):
+    model = shutil.copytree(job.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors")
+    job = dataclasses.replace(job, model=str(model), **job_fields)
+    if "resume" in run_fields:
+        shutil.copytree(run[0], tmp_path / "out")
+        run_fields = {"steps": 2, **run_fields}
+    epochs = {"steps": None, "epochs": 1, "output_dir": tmp_path / "out"}
+    config = dataclasses.replace(RUN, **{**epochs, **run_fields})
+    with pytest.raises(ValueError, match=text):
+        finetune.finetune(job, dataclasses.replace(LORA, rank=rank), config)
 
 
 def test_an_adapter_in_place_of_a_model_is_named(run):
