@@ -248,13 +248,12 @@ def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, 
 def _check_run(
     model: Any,
     data: Sequence[train.Example],
-    job: FinetuneConfig,
+    job: Any,
     lora_config: LoraConfig,
     train_config: TrainConfig,
 ) -> None:
     """Checks what `fit` would refuse, as far as no parameters are needed."""
-    axes: Mapping[str, Any] | None = job.mesh
-    spans = 1 if axes is None else models.make_mesh(**axes).shape.get(TOKENS, 1)
+    spans = 1 if job.mesh is None else models.make_mesh(**job.mesh).shape.get(TOKENS, 1)
     _, choice, total = arrange(model, data, train_config, spans)
     if job.device_memory is None:  # which chooses other settings
         config = None if job.adapter else with_head(model, lora_config)
