@@ -114,7 +114,10 @@ def _refusal(use: str) -> Callable:
 
 def _missing(self: Any, name: str) -> NoReturn:
     # An AttributeError, so that `hasattr` and `getattr` with a default work as for any object.
-    raise AttributeError(_not_an_array(self, f"`{name}`"))
+    if name.startswith("_") or any(hasattr(kind, name) for kind in (np.ndarray, jax.Array)):
+        raise AttributeError(_not_an_array(self, f"`{name}`"))
+    fields = ", ".join(field.name for field in dataclasses.fields(self))
+    raise AttributeError(f"a `{type(self).__name__}` has no `{name}`; its fields are {fields}")
 
 
 def _repr(self: Any) -> str:

@@ -1,5 +1,6 @@
 """Loading an encoder from a Hugging Face directory, complete or with a fresh head."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_links, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import BERT
@@ -129,6 +131,7 @@ def open_encoder(
 
 
 def _directory(source: str | Path) -> Path:
+    check_argument("models.load_encoder(source)", "source", source, (str, os.PathLike))
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():

@@ -30,6 +30,7 @@ from lora_jax.array import (
     is_stack,
     rows_as_lora,
 )
+from lora_jax.config.arguments import check_count
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
 from lora_jax.transform.dora import gain, norm
 
@@ -64,7 +65,8 @@ def stack(
     adapters = list(adapters)
     if not adapters:
         raise ValueError("`adapters` is empty: give at least one tree with LoRA leaves")
-    slots = len(adapters) if slots is None else slots
+    slots = len(adapters) if slots is None else check_count("slots", slots)
+    rank = None if rank is None else check_count("rank", rank)
     if slots < len(adapters):
         raise ValueError(
             f"`slots` is {slots}, but there are {len(adapters)} adapters: give as many at least"

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from lora_jax.config.arguments import kind_of
 from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims
 from lora_jax.leaf_class import leaf_class
 from lora_jax.quant import formats
@@ -151,6 +152,15 @@ def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
     return sizes(q.shape, q.roles)
 
 
+def check_quant(q: Any) -> None:
+    """Raises `TypeError` for what is no quantized weight."""
+    if not is_quant(q):
+        raise TypeError(
+            f"a quantized weight must be a `QuantArray`, got {kind_of(q)}: "
+            "`lora.quant.quantize_array(w)` makes one"
+        )
+
+
 def expanded(q: QuantArray) -> QuantArray:
     """The same weight in a plain format, its scales `(stack..., K/B, N)` in floats."""
     if q.scale_map is not None:
@@ -241,6 +251,7 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     Raises:
       ValueError: the metadata disagrees with the arrays.
     """
+    check_quant(q)
     wanted = _wanted(q)
     for part in ARRAYS:
         have = getattr(q, part)

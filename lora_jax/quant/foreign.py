@@ -20,6 +20,7 @@ from lora_jax.quant import formats
 from lora_jax.quant.array import (
     QuantArray,
     check,
+    check_quant,
     default_roles,
     form_of,
     known,
@@ -238,6 +239,7 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
       ValueError: bitsandbytes does not have the format, or the weight is not a matrix of whole
         blocks.
     """
+    check_quant(q)
     stack, fan_in, outputs = matrix_sizes(q)
     if q.format not in ("nf4", "fp4") or stack or fan_in % q.block:
         raise ValueError(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Integer
 from lora_jax import compat
 from lora_jax.dims import AnyArray, from_matrix
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import QuantArray, expanded, form_of, in_order, matrix_sizes
+from lora_jax.quant.array import QuantArray, check_quant, expanded, form_of, in_order, matrix_sizes
 from lora_jax.quant.formats import Coded, Pass
 from lora_jax.quant.kernels import reference
 from lora_jax.quant.scales import HELD
@@ -73,6 +73,7 @@ def matmul(
 
     Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6.
     """
+    check_quant(q)
     stack, fan_in, fan_out = matrix_sizes(q)
     want = fan_out if transposed else fan_in
     if x.shape[: len(stack)] != stack or x.ndim <= len(stack) or x.shape[-1] != want:

@@ -21,6 +21,7 @@ def kind_of(source: str | Path) -> str:
 
     A path that does not exist is taken to be the Hub id of a PEFT adapter.
     """
+    check_argument("recipes.convert.kind_of(source)", "source", source, (str, os.PathLike))
     path = Path(source)
     # The first format that recognises it; PEFT's is what none does.
     found = (name for name, form in ADAPTER_FORMATS.items() if form.is_at and form.is_at(path))
@@ -45,6 +46,8 @@ def check_output(output: str | Path, *, to: str) -> None:
     Raises:
       FileExistsError: the output exists.
     """
+    if to not in ADAPTER_FORMATS:
+        raise ValueError(f"`to` must be one of {', '.join(ADAPTER_FORMATS)}, got {to!r}")
     if not ADAPTER_FORMATS[to].replaces:
         check_new(output)
 

@@ -58,8 +58,8 @@ def export_adapter(
 
 def merge_adapter(
     source: str,
-    adapter: Path,
-    output: Path,
+    adapter: str | Path,
+    output: str | Path,
     *,
     dtype: str = "float32",
     quantize: str | None = None,
@@ -85,6 +85,7 @@ def merge_adapter(
       FileExistsError: there is something at `output`.
       ValueError: the adapter is for another model, or the sum is not finite.
     """
+    output = Path(output)
     check_new(output)
     if output.suffix == ".gguf" and not requantize:
         raise SettingsError(

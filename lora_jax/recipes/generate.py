@@ -86,6 +86,7 @@ def as_trained(
       UserWarning: the questions have another form than the training, or it is not known which of
         the two it had.
     """
+    check_texts("prompts", prompts)
     # Texts and prompts were seen as they are. After a mixture both forms are right.
     trained_raw = None if form in (None, "mixed") else form != "messages"
     chosen = raw if raw is not None else not chat if trained_raw is None else trained_raw

@@ -4,6 +4,7 @@ Of a model only headers and metadata are read, so a large file takes no longer t
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from lora_jax import models
 from lora_jax.checkpoint.params import described
 from lora_jax.compat import require
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import open_directory, read_header
 from lora_jax.hf.gguf.file import kind_of_file, open_gguf
@@ -37,6 +39,7 @@ def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
       FileNotFoundError: there is nothing of that name.
       ValueError: it is none of these, a file is damaged, or a check failed.
     """
+    check_argument("recipes.inspect.inspect(source)", "source", source, (str, os.PathLike))
     path = _fetched(source)
     if _is_adapter(path):
         return _adapter(path, tensors, check)

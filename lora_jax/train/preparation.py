@@ -16,6 +16,7 @@ from lora_jax.config.arguments import check_argument, check_tree
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.sharding import check_length
+from lora_jax.multi.single import check_single
 from lora_jax.train.batches import Loader, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, check_total, total_steps
@@ -72,6 +73,7 @@ def check_call(
     check_argument(_CALL, "hooks", hooks, Hooks)
     check_model(_CALL, model)
     check_tree("lora_params", lora_params)
+    check_single(lora_params)
     check_data("train_data", train_data)
     check_data("eval_data", () if eval_data is None else eval_data)
 

@@ -15,6 +15,7 @@ from flax import linen, nnx
 
 import lora_jax as lora
 from lora_jax import analysis, train
+from lora_jax.recipes import classify, convert, generate
 
 from tests.support.train_toys import Toy, toy_config, toy_data, toy_lora
 
@@ -281,6 +282,21 @@ REFUSED = {
     "ranks": (lambda: analysis.SweepConfig(ranks="4"), "`ranks` must be whole numbers above 0, go"),
     "specs": (lambda: lora.sharding.specs(PARAMS, None, {}), "`rules` must be `Rules`, got `None"),
     "plain": (lambda: lora.nnx.Adapted(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), TREE, PLAN), "got a tr"),
+    "prompts": (lambda: generate.as_trained("hi", chat=False, form=None), "`prompts` must be a li"),
+    "prompt": (lambda: generate.generate_texts(MODEL, {}, "hi", None), "has no tokenizer"),
+    "texts": (lambda: classify.classify_texts(MODEL, {}, "hi"), "`texts` must be a list of texts"),
+    "stacked": (lambda: train.fit(Toy(), lora.stack([TOY_LORA]), DATA, None, RUN), "is a stack of"),
+    "padding": (lambda: lora.stack([TREE], rank="8"), "`rank` must be an integer of at least 1"),
+    "slots": (lambda: lora.stack([TREE], slots="8"), "`slots` must be an integer of at least 1"),
+    "gguf": (lambda: lora.hf.save_gguf_lora("x", TREE, CONFIG, base="m"), "`base` must be `Base`,"),
+    "hub": (lambda: lora.hf.read_base(MODEL), "`source` must be `str` or `PathLike`, got `Model`"),
+    "encoder": (lambda: lora.models.load_encoder(None), "`source` must be `str` or `PathLike`, go"),
+    "inspect": (lambda: lora.recipes.inspect.inspect(None), "`source` must be `str` or `PathLike`"),
+    "target": (lambda: convert.check_output("x", to="zip"), "`to` must be one of .*, got 'zip'"),
+    "map": (lambda: lora.hf.save_peft("x", TREE, CONFIG, name_map={}), "`name_map` must be `NameM"),
+    "using": (lambda: lora.hf.to_hugging_face(PARAMS, None), "`using` must be `NameMap`, got `Non"),
+    "product": (lambda: lora.quant.matmul(X, X), "must be a `QuantArray`, got `ArrayImpl`: `lora."),
+    "blocks": (lambda: lora.quant.check(PARAMS), "must be a `QuantArray`, got `dict`"),
     "streams": (lambda: lora.init(nnx.Rngs(0), PLAN, PARAMS), "PRNG key, got `Rngs`: `jax.rand"),
 }  # fmt: skip
 
@@ -292,6 +308,14 @@ def test_a_value_of_another_kind_is_an_error_that_names_it(case: str, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError), match=text):
         call()
+
+
+def test_a_field_that_a_leaf_has_not_is_named():
+    leaf: Any = TREE["up"]["kernel"]
+    with pytest.raises(AttributeError, match="a `LoraArray` has no `lora_A`; its fields are w, a"):
+        leaf.lora_A  # noqa: B018
+    with pytest.raises(AttributeError, match="`sum` needs an array, got a `LoraArray`: call the"):
+        leaf.sum()
 
 
 @pytest.mark.torch

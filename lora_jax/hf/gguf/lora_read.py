@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
@@ -84,6 +85,7 @@ def load_gguf_lora(
 
 def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:
     """The alpha; llama.cpp takes 0 for the scale 1."""
+    check_argument("hf.load_gguf_lora(path, fn, params, *args, base=base)", "base", base, Base)
     if (kind := metadata.get("adapter.type")) != "lora":
         raise ValueError(f'{path}: expected an adapter of type "lora", got "{kind}"')
     if (arch := metadata.get("general.architecture")) != base.architecture:

@@ -24,6 +24,7 @@ import numpy as np
 from lora_jax import processes
 from lora_jax.compat import require
 from lora_jax.config import matching
+from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
@@ -94,6 +95,7 @@ def save_gguf_lora(
     Example:
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
+    check_argument("hf.save_gguf_lora(path, lora_params, config, base=base)", "base", base, Base)
     content = to_gguf(to_peft(lora_params, config)[1], config, base)
     processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))
 

@@ -3,12 +3,14 @@
 The modules of each architecture are in `architectures` beside this file.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import read_json
 from lora_jax.hf.gguf.architectures import (
     GGUF_ARCHITECTURES,
@@ -85,6 +87,7 @@ def read_base(source: str | Path) -> Base:
       FileNotFoundError: there is none.
       ValueError: the file is damaged, or the family not known.
     """
+    check_argument("hf.read_base(source)", "source", source, (str, os.PathLike))
     path = Path(source)
     if path.suffix == ".gguf":
         return _from_gguf(path)

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.array import dense, is_lora, leaves_by_path
+from lora_jax.config.arguments import check_argument
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
 from lora_jax.paths import bare, nearest
@@ -292,6 +293,7 @@ def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
     Raises:
       ValueError: a leaf has no rule, or two leaves are the same tensor.
     """
+    check_argument("hf.to_hugging_face(params, using)", "using", using, NameMap)
     flat: dict[str, np.ndarray] = {}
     for path, leaf in leaves_by_path(params).items():
         value = np.asarray(dense(leaf))

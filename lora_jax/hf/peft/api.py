@@ -127,6 +127,8 @@ def load_peft(
     """
     check_argument(_LOAD, "directory", directory, (str, os.PathLike))
     check_function(_LOAD, fn)
+    if name_map is not None:
+        check_argument(_LOAD, "name_map", name_map, NameMap)
     config, tensors = read_peft(directory, model_type=model_type)
     loaded = attach(
         config,
@@ -298,6 +300,8 @@ def save_peft(
     order = "hf.save_peft(directory, lora_params, config)"
     check_argument(order, "directory", directory, (str, os.PathLike))
     check_argument(order, "config", config, LoraConfig)
+    if name_map is not None:
+        check_argument(order, "name_map", name_map, NameMap)
     if base_model_name is not None:
         check_argument(order, "base_model_name", base_model_name, (str, os.PathLike))
     check_whole(lora_params)
