@@ -3,9 +3,10 @@
 import argparse
 import ast
 import difflib
+import itertools
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config.elsewhere import ELSEWHERE
@@ -14,6 +15,34 @@ from lora_jax.config.elsewhere import ELSEWHERE
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """The long flags of a command."""
     return [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
+
+
+# Flags whose text may be empty.
+_TEXTUAL = ("--system", "--message")
+
+
+def fault_of(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What is wrong with a command line that could be read: an unknown argument, or an empty one.
+
+    An empty path would be the folder that the command runs in.
+
+    Args:
+      argv: the words behind the program's name.
+      unknown: those that the command does not have.
+      parser: of the command.
+    """
+    if unknown:
+        hint = instead_of_flag(unknown[0], parser)
+        return f"`{unknown[0]}` is no argument of this command{hint}"
+    for before, word in itertools.pairwise(argv):
+        flag, equals, value = word.partition("=")
+        # `generate MODEL ""` continues the empty prompt.
+        prompt = argv[0] == "generate" and before != "generate" and not before.startswith("--")
+        name = flag if flag.startswith("--") and equals else before if not word else ""
+        if not value and name and name not in _TEXTUAL and not prompt:
+            shown = f"`{name}`" if name.startswith("--") else "an argument"
+            return f"{shown} is empty: is a variable of the shell not set?"
+    return ""
 
 
 def instead_of_flag(unknown: str, parser: argparse.ArgumentParser) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
-from lora_jax.cli.flags import instead_of_flag
+from lora_jax.cli.flags import fault_of
 from lora_jax.recipes.settings import Dtype, Quantization
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
@@ -37,10 +37,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = next((word for word in argv if not word.startswith("-")), None)
     # argparse's own error for an unknown flag suggests none.
     arguments, unknown = make_parser(command).parse_known_args(argv)
-    if unknown:
-        parser = arguments.parser
-        hint = instead_of_flag(unknown[0], parser)
-        parser.error(f"`{unknown[0]}` is no argument of this command{hint}")
+    if fault := fault_of(argv, unknown, arguments.parser):
+        arguments.parser.error(fault)
     return arguments
 
 

@@ -88,6 +88,10 @@ def test_the_version(capsys):
          "command, and none is like it; see"),
         (["estimate", "gpt2", "--batch", "3"], "lora-jax estimate: `--batch` is no argument of "
          "this command: it is --batch-size here"),
+        (["train", "--output-dir", ""], "lora-jax train: `--output-dir` is empty: is a variable"),
+        (["train", "--adapter="], "lora-jax train: `--adapter` is empty: is a variable of"),
+        (["push", "", "a/b"], "lora-jax push: an argument is empty: is a variable of the shell"),
+        (["generate", "", "hi"], "lora-jax generate: an argument is empty: is a variable of the"),
         (["inspect", "a", "b"], "lora-jax inspect: `b` is no argument of this command;"),
         (["merge", "m", "a", "o", "--dtype", "int3"], "lora-jax merge: argument --dtype: invalid"),
         (["export", "m", "a", "o", "--to", "zip"], "lora-jax export: argument --to: invalid"),
