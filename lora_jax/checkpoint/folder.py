@@ -19,7 +19,7 @@ from lora_jax import processes
 from lora_jax.checkpoint.checksums import CHECKSUMS, DamagedError, split_checksums
 from lora_jax.checkpoint.flat import parse
 from lora_jax.compat import require
-from lora_jax.config.arguments import kind_of
+from lora_jax.config.arguments import check_path
 from lora_jax.files import replacing
 
 T = TypeVar("T")
@@ -74,9 +74,7 @@ def folder_of(directory: Any) -> Path:
     Raises:
       TypeError: it is no path.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"`directory` must be a path, got {kind_of(directory)}")
-    return Path(os.path.abspath(directory))
+    return Path(os.path.abspath(check_path("directory", directory)))
 
 
 def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:

@@ -3,8 +3,10 @@
 import functools
 import inspect
 import operator
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -196,6 +198,17 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     if count < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
     return count
+
+
+def check_path(name: str, value: Any) -> Path:
+    """A path of a file or folder.
+
+    Raises:
+      TypeError: it is none, or an empty text, which would be the folder of the process.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise TypeError(f"`{name}` must be a path, got {kind_of(value)}")
+    return Path(value)
 
 
 def kind_of(value: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import VERSION, require
+from lora_jax.config.arguments import check_path
 from lora_jax.files import check_links, read_object
 from lora_jax.hf.checkpoint.safetensors import INDEX, SINGLE, open_directory
 from lora_jax.hf.hub import is_hub_id
@@ -104,7 +105,7 @@ def push(
     Example:
       lora.hf.push("outputs/first/adapter", "me/first", private=True)
     """
-    root = Path(directory)
+    root = check_path("directory", directory)
     if not is_hub_id(repo):
         raise ValueError(f"`repo` must be a hub id, `owner/name`, got {repo!r}")
     kind = _kind_of(root)

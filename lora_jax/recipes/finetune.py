@@ -14,7 +14,7 @@ from lora_jax import hf, models, processes, train
 from lora_jax.analysis.step_memory.fit import parse_bytes
 from lora_jax.array import leaves_by_path
 from lora_jax.compat import EXTRAS, check_installed
-from lora_jax.config.arguments import SettingsError, check_argument, check_count
+from lora_jax.config.arguments import SettingsError, check_argument, check_count, check_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
@@ -131,6 +131,7 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     order = "finetune.finetune(job, lora_config, train_config)"
     check_argument(order, "job", job, FinetuneConfig)
+    check_path("train_data", job.train_data)
     check_argument(order, "lora_config", lora_config, LoraConfig)
     check_argument(order, "train_config", train_config, TrainConfig)
     if train_config.output_dir is None:

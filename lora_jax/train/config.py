@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_jax.config.arguments import set_plain_fields, with_known_fields
+from lora_jax.config.arguments import check_path, set_plain_fields, with_known_fields
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -101,7 +101,7 @@ class TrainConfig:
         set_plain_fields(self)
         if self.output_dir is not None:
             # The only way to set a field of a frozen dataclass.
-            object.__setattr__(self, "output_dir", Path(self.output_dir))
+            object.__setattr__(self, "output_dir", check_path("output_dir", self.output_dir))
         if not isinstance(self.buckets, int):
             object.__setattr__(self, "buckets", tuple(self.buckets))
         whole = ("steps", "batch_size", "accumulation", "packed_length", "eval_every",

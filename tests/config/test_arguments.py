@@ -297,6 +297,10 @@ REFUSED = {
     "using": (lambda: lora.hf.to_hugging_face(PARAMS, None), "`using` must be `NameMap`, got `Non"),
     "product": (lambda: lora.quant.matmul(X, X), "must be a `QuantArray`, got `ArrayImpl`: `lora."),
     "blocks": (lambda: lora.quant.check(PARAMS), "must be a `QuantArray`, got `dict`"),
+    "output": (lambda: train.TrainConfig(output_dir=3), "`output_dir` must be a path, got `int` 3"),
+    "nowhere": (lambda: train.TrainConfig(output_dir=""), "`output_dir` must be a path, got `str`"),
+    "pushed": (lambda: lora.hf.push("", "a/b"), "`directory` must be a path, got `str` ''"),
+    "adapter": (lambda: lora.hf.read_peft(TREE), "`directory` must be a path, got `dict`"),
     "streams": (lambda: lora.init(nnx.Rngs(0), PLAN, PARAMS), "PRNG key, got `Rngs`: `jax.rand"),
 }  # fmt: skip
 

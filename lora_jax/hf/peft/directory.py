@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.compat import is_finite
+from lora_jax.config.arguments import check_path
 from lora_jax.config.peft import check_type
 from lora_jax.files import check_links, parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
@@ -75,7 +76,7 @@ def trained_over(directory: str | os.PathLike) -> str | None:
 
 def local(directory: str | os.PathLike) -> Path:
     """The directory itself, or that of a hub id in huggingface_hub's cache."""
-    root = Path(directory)
+    root = check_path("directory", directory)
     is_remote = not root.exists() and is_hub_id(str(directory))
     return snapshot(str(directory)) if is_remote else root
 
