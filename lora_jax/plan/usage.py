@@ -347,6 +347,18 @@ def _carry(
     return dataclasses.replace(track, dims=through(track.dims, dim_map), picked=picked)
 
 
+def _parted(eqn: Any, k: int, track: Track, axes: tuple) -> frozenset:
+    """Out dims of which a slice took one index: the first output alone, or an array that is rolled.
+
+    An index of layers leaves no dim, and a matrix behind it.
+    """
+    free = [i for i in range(len(track.dims)) if i not in (*axes[0], *axes[1])]
+    shape = eqn.invars[k].aval.shape
+    if any(shape[i] > 1 and not track.dims[i] <= track.picked for i in free):
+        return frozenset()
+    return frozenset().union(*(track.dims[i] for i in free)) & track.picked
+
+
 def _consumption(
     found: Usage, eqn: Any, others: Sequence[Flow], k: int, *, track: Track, dims: DimFlow
 ) -> Use | None:
@@ -360,7 +372,7 @@ def _consumption(
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.
-        stacked = whole(track.dims, axes[1]) | track.picked
+        stacked = (whole(track.dims, axes[1]) | track.picked) - _parted(eqn, k, track, axes)
         kind: UseKind = "contract" if contracted - stacked else "other"
         # Times a constant matrix it is another weight, which is contracted with features later.
         # What other weights made of constants, as in a network over positions, are features.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import lora_jax as lora
 from lora_jax.plan import usage
 from lora_jax.plan.leaf import Use
 from lora_jax.plan.roles import inferred
@@ -127,3 +128,28 @@ def test_an_axis_that_leaves_no_outputs_is_none_of_experts():
     assert inferred([use], (3, 8, 6), {0})[0] == "sio"
     for shape in ((3, 8), (3, 8, 1)):
         assert inferred([use], shape, {0})[0] == "oio"[: len(shape)]
+
+
+def roles_of(fn, w):
+    config = lora.LoraConfig(rank=2, target_modules=("w",))
+    params = {"w": w, "other": jnp.ones((8, 4))}
+    plan = lora.plan(config, lambda p, x: (fn(p["w"], x), x @ p["other"]), params, jnp.ones((2, 8)))
+    return plan.by_path()["w"].roles
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w, x: x @ jnp.roll(w, 1, axis=1),
+        lambda w, x: (x @ w[:, :1], x @ w[:, 1:]),
+        lambda w, x: x @ jnp.concatenate([w[:, -1:], w[:, :-1]], axis=1),
+    ],
+)
+def test_one_output_apart_is_no_index_of_layers(fn):
+    assert roles_of(fn, jnp.ones((8, 6))) == "io"
+
+
+def test_an_index_of_layers_may_keep_its_dim():
+    w = jnp.ones((3, 8, 6))
+    assert roles_of(lambda w, x: jnp.einsum("bi,lio->blo", x, w[1:2]), w) == "sio"
+    assert roles_of(lambda w, x: x @ w[1:2].reshape(8, 6), w) == "sio"
