@@ -150,8 +150,16 @@ class Sweep:
 
     def verdict(self) -> str:
         """The result in a sentence."""
-        if not any(row.rank == FULL for row in self.rows):
+        scores = {row.rank: row.score for row in self.rows}
+        if FULL not in scores:
             return "without full fine-tuning there is nothing to measure the ranks against"
+        gain = scores[FULL] - scores.get(BASE, math.nan)
+        if (gain >= 0) if self.lower_is_better else (gain <= 0):
+            return (
+                f"full fine-tuning is no better than the base ({scores[FULL]:.4f} and "
+                f"{scores[BASE]:.4f}), so this metric tells no ranks apart: train longer, or take "
+                "another metric"
+            )
         within = f"within {self.tolerance:.0%} of full fine-tuning"
         if self.smallest_interval is None:
             return f"no rank was compared with full fine-tuning ({within})"

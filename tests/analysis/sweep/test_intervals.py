@@ -99,3 +99,18 @@ def test_no_rank_is_enough(tmp_path):
     rows = tuple(row._replace(seconds=float("nan")) for row in found.rows)
     dataclasses.replace(found, rows=rows).plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_metric_that_full_fine_tuning_does_not_move_tells_nothing(lower):
+    def verdict(full):
+        scores = {"base": 0.25, 1: 0.25, "full": full}
+        runs = {rank: [run_of(rank, [score] * 20)] for rank, score in scores.items()}
+        return result.summarize(
+            runs, [], reduce=lambda v: float(np.mean(v)), metric="exact", lower_is_better=lower,
+            tolerance=0.01,
+        ).verdict()  # fmt: skip
+
+    assert verdict(0.25).startswith("full fine-tuning is no better than the base (0.2500 and 0.25")
+    assert "no better than the base" in verdict(0.5 if lower else 0.125)
+    assert "no better" not in verdict(0.125 if lower else 0.5)
