@@ -79,6 +79,11 @@ def functional(
         rngs: Any = None,
         **kwargs,
     ) -> Any:
+        if "mutable" in kwargs:
+            raise TypeError(
+                "`mutable` follows `state`: the collections in it are mutable. For what the model "
+                'sows, pass `state={**state, "intermediates": {}}`'
+            )
         collections = {"params": params, **(held if state is None else state)}
         # Without `mutable`, linen raises where a call changes a collection: no update is lost.
         mutable = False if state is None else list(state)

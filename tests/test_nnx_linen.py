@@ -39,6 +39,7 @@ class NnxNet(nnx.Module):
 
 
 CONFIG = lora.LoraConfig(rank=2, target_modules=("up", "down"), init="random")
+CONFIG_UP = lora.LoraConfig(rank=2, target_modules=("up",))
 
 
 def close(x, y):
@@ -62,6 +63,21 @@ def test_linen_takes_a_module_apart_and_puts_it_together():
     assert not np.allclose(
         new["batch_stats"]["BatchNorm_0"]["mean"], state["batch_stats"]["BatchNorm_0"]["mean"]
     )
+
+
+def test_what_a_linen_model_sows_comes_with_the_state():
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "x", x)
+            return nn.Dense(8, name="up")(x)
+
+    fn, params, state = lora.linen.functional(Sows(), Sows().init(jax.random.key(0), X))
+    params = lora.init(jax.random.key(1), lora.plan(CONFIG_UP, fn, params, X), params)
+    _, state = lora.lorafy(fn)(params, X, state={**state, "intermediates": {}})
+    close(state["intermediates"]["x"][-1], X)
+    with pytest.raises(TypeError, match="`mutable` follows `state`: the collections in it are mut"):
+        lora.lorafy(fn)(params, X, mutable=["intermediates"])
 
 
 def test_linen_needs_params():
