@@ -143,7 +143,7 @@ FAULTS = [
         "hf/gguf/lora_read.py",
         "tests/hf/gguf/test_lora_read.py tests/hf/gguf/test_lora_write.py",
         ("targets.append(last if unique else module)", "targets.append(last)"),
-        ("alpha = alpha or a.shape[0]", "pass"),
+        ("alpha = alpha or a.shape[-2]", "pass"),
     ),
     *in_file(
         "hf/gguf/lora_write.py",

@@ -37,6 +37,7 @@ class GgufArchitecture(NamedTuple):
       model_type: Hugging Face's name of the family.
       linears: a block's modules that may carry an adapter.
       others: its other modules.
+      experts: the module with a block's experts, as PEFT names it, or None.
       stack: the list of blocks.
       outer: the modules around the blocks: embedding, head, and what carries no adapter.
       permuted: the rows of q and k are reordered in the file.
@@ -55,6 +56,7 @@ class GgufArchitecture(NamedTuple):
     model_type: str
     linears: tuple[str, ...] = _DENSE
     others: tuple[str, ...] = _NORMS
+    experts: str | None = None
     stack: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens", "lm_head", "model.norm")
     permuted: bool = False
@@ -83,13 +85,20 @@ _REORDERED = ("q_proj", "k_proj")
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", others=(*_NORMS, *_MIXTRAL), permuted=True, keys=_RMS),
+    "llama": GgufArchitecture(
+        "llama",
+        others=(*_NORMS, *_MIXTRAL),
+        experts="mlp.experts",
+        permuted=True,
+        keys=_RMS,
+    ),
     "qwen2": GgufArchitecture("qwen2", keys=_RMS),
     "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
     "qwen2moe": GgufArchitecture(
         "qwen2_moe",
         (*_ATTENTION, *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))),
         (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
+        experts="mlp.experts",
         keys={**_MOE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         fixed={**_SPARSE, "norm_topk_prob": False},
     ),
@@ -97,6 +106,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         "qwen3_moe",
         _ATTENTION,
         (*_NORMS, *_EXPERTS, *_QK_NORMS),
+        experts="mlp.experts",
         keys=_MOE,
         fixed={**_SPARSE, "norm_topk_prob": True},
     ),
@@ -104,6 +114,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         "olmoe",
         _ATTENTION,
         (*_NORMS, *_EXPERTS, *_QK_NORMS),
+        experts="mlp.experts",
         keys=_CHOSEN,
         fixed={"norm_topk_prob": False},
     ),
@@ -111,6 +122,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         "glm4_moe",
         (*_DENSE, *(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))),
         (*_NORMS, *_EXPERTS, *_QK_NORMS, "mlp.gate.e_score_correction"),
+        experts="mlp.experts",
         keys={
             **_MOE, "expert_count": "n_routed_experts", "expert_shared_count": "n_shared_experts",
             "leading_dense_block_count": "first_k_dense_replace",

@@ -12,11 +12,13 @@ import numpy as np
 from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.experts import EXPERTS, GATE_UP, FactorPair, together
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
-from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, FactorPair
+from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR
 from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
+from lora_jax.hf.peft.experts import in_one
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.plan.decide import plan
 
@@ -53,6 +55,7 @@ def read_gguf_lora(
         pairs[modules[theirs]] = _pair(
             a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
         )
+    pairs = together(pairs)
     config = _config(pairs, base)
     return config, _as_peft(pairs)
 
@@ -79,7 +82,12 @@ def load_gguf_lora(
     """
     config, tensors = read_gguf_lora(path, base=base)
     return attach(
-        config, tensors, lambda c: plan(c, fn, params, *args, **kwargs), params, source=str(path)
+        config,
+        tensors,
+        lambda c: plan(c, fn, params, *args, **kwargs),
+        params,
+        source=str(path),
+        model_type=GGUF_ARCHITECTURES[base.architecture].model_type,
     )
 
 
@@ -143,7 +151,9 @@ def _pair(
     embedding = theirs == "token_embd"
     # llama.cpp looks rows up in an embedding's A, which is therefore (vocabulary, r).
     a = a.T if embedding and a.ndim == 2 else a
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+    dims = 3 if theirs.endswith(tuple(EXPERTS.values())) else 2
+    alike = (a.ndim, b.ndim) == (dims, dims) and a.shape[:-2] == b.shape[:-2]
+    if not alike or a.shape[-2] != b.shape[-1]:
         raise ValueError(
             f"{path}: `{theirs}.weight.lora_a` and `.lora_b` of shapes {a.shape} and {b.shape} "
             "are no pair of one rank"
@@ -151,19 +161,24 @@ def _pair(
     for ending, tensor in zip(_OURS, (a, b), strict=True):
         check_tensor(f"{theirs}.weight{ending}", tensor, path)
     try:
-        order = row_order_of(module, len(b), base)
+        order = row_order_of(module, b.shape[-2], base)
     except ValueError as error:
         raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {error}") from None
     if order is not None:  # outputs are reordered, so only B is
         b = b[np.argsort(order)]
     # Without an alpha every scale is 1.
-    alpha = alpha or a.shape[0]
+    alpha = alpha or a.shape[-2]
     return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, embedding)
 
 
 def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
     out = {}
     for module, pair in pairs.items():
+        if pair.a.ndim == 3:
+            inside, _, last = module.rpartition(".")
+            inner = ".base_layer" * (last == GATE_UP and f"{inside}.down_proj" in pairs)
+            out |= in_one(f"{PREFIX}{inside}{inner}", pair.a, pair.b)
+            continue
         in_a, in_b = EMBEDDING if pair.embedding else LINEAR
         out[f"{PREFIX}{module}{in_a}"], out[f"{PREFIX}{module}{in_b}"] = pair.a, pair.b
     return out
@@ -171,12 +186,13 @@ def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
 
 def _config(pairs: Mapping[str, FactorPair], base: Base) -> LoraConfig:
     """A config with the file's ranks and alphas: those of most modules, patterns for the others."""
-    rank, ranks = _common({module: pair.a.shape[0] for module, pair in pairs.items()})
+    rank, ranks = _common({module: pair.a.shape[-2] for module, pair in pairs.items()})
     alpha, alphas = _common({module: _short(pair.alpha) for module, pair in pairs.items()})
     return LoraConfig(
         rank=rank,
         alpha=alpha,
-        target_modules=_targets(list(pairs), base),
+        target_modules=_targets([name for name, pair in pairs.items() if pair.a.ndim == 2], base),
+        target_parameters=_parameters([n for n, pair in pairs.items() if pair.a.ndim == 3], base),
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
@@ -191,6 +207,16 @@ def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _short(number: float) -> float:
     # PEFT's alpha is an integer by its annotation.
     return int(number) if float(number).is_integer() else number
+
+
+def _parameters(names: list[str], base: Base) -> tuple[str, ...]:
+    """Entries for target_parameters that match exactly these."""
+    row, rest = GGUF_ARCHITECTURES[base.architecture], set(names)
+    for entry in (f"{row.experts}.{last}" for last in (GATE_UP, "down_proj")):
+        every = {f"{row.stack}.{i}.{entry}" for i in range(base.layers)}
+        if every <= rest:
+            rest = rest - every | {entry}
+    return tuple(sorted(rest))
 
 
 def _targets(modules: list[str], base: Base) -> tuple[str, ...]:

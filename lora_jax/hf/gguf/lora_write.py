@@ -22,15 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import processes
+from lora_jax.array import leaves_by_path
 from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, parameter_of
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
-from lora_jax.hf.peft.index import PREFIX
+from lora_jax.hf.peft.experts import fused
+from lora_jax.hf.peft.index import PREFIX, with_fused_experts
 from lora_jax.hf.peft.prefixes import respelled
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.paths import nearest
@@ -41,22 +45,6 @@ LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileType
 _MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
-
-
-class FactorPair(NamedTuple):
-    """The adapter of one module in PEFT's layout.
-
-    Attributes:
-      a: (r, in).
-      b: (out, r).
-      alpha: which llama.cpp divides by the rank, whatever config the adapter had.
-      embedding: the module is a lookup table.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    alpha: float
-    embedding: bool
 
 
 class Content(NamedTuple):
@@ -96,7 +84,9 @@ def save_gguf_lora(
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
     check_argument("hf.save_gguf_lora(path, lora_params, config, base=base)", "base", base, Base)
-    content = to_gguf(to_peft(lora_params, config)[1], config, base)
+    kind = GGUF_ARCHITECTURES[base.architecture].model_type
+    tensors = to_peft(lora_params, config, model_type=kind)[1]
+    content = to_gguf(tensors, with_fused_experts(leaves_by_path(lora_params), config), base)
     processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))
 
 
@@ -111,6 +101,8 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
     names = gguf_names(base.architecture, base.layers)
     # llama.cpp names a decoder alike wherever it is.
     config, tensors = respelled(config, tensors, names)
+    if experts := GGUF_ARCHITECTURES[base.architecture].experts:
+        config, tensors = fused(config, tensors, [f"{experts}.{GATE_UP}"], "the adapter")
     pairs = _pairs(tensors, config, base)
     alpha = _common_alpha(pairs)
     for module in pairs:
@@ -155,9 +147,12 @@ def _pairs(
             b = tensors.get(key.removesuffix(in_a) + in_b)
             if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(f"`{key}`: no pair of matrices (r, in) and (out, r) with its B")
-            rank, alpha = a.shape[0], matching.alpha_of(config, module)
-            scale = matching.scale_of(config, rank, alpha)
-            pairs[module] = FactorPair(a, b, scale * rank, embedding)
+            parameter = parameter_of(module, config)
+            name = parameter or module
+            rank = matching.rank_of(config, name) if parameter else a.shape[0]
+            scale = matching.scale_of(config, rank, matching.alpha_of(config, name))
+            pair = FactorPair(a, b, scale * rank, embedding)
+            pairs |= apart(parameter, pair, rank) if parameter else {module: pair}
     _check_rest(tensors, pairs, base)
     return pairs
 

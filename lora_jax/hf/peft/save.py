@@ -44,8 +44,12 @@ from lora_jax.paths import bare, module_of
 AUTO = "auto"
 
 
-def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def to_peft(
+    lora_params: Any, config: LoraConfig, *, model_type: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of a PEFT directory: the config's fields and the tensors by name.
+
+    `model_type` as for `save_peft`.
 
     Raises:
       ValueError: as `save_peft`.
@@ -54,7 +58,8 @@ def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[
     check_whole(lora_params)
     check_single(lora_params)
     leaves = leaves_by_path(lora_params)
-    return content_of(make_index(leaves, with_fused_experts(leaves, config)))
+    index = make_index(leaves, with_fused_experts(leaves, config))
+    return content_of(index, model_type=model_type)
 
 
 def with_task(

@@ -11,6 +11,8 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.experts import FactorPair, together
+from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF
@@ -30,7 +32,7 @@ SIZES = dict(
     pad_token_id=0,
 )  # fmt: skip
 GROUPED = dict(SIZES, num_key_value_heads=2)
-MOE = dict(GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MOE = dict(GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 # Families whose models are read, with fields that are no defaults.
 CASES = {
     "llama": GROUPED,
@@ -42,7 +44,7 @@ CASES = {
     "olmoe": dict(GROUPED, num_experts=4, num_experts_per_tok=2),
     "glm4_moe": dict(
         GROUPED, head_dim=8, use_qk_norm=True, attention_bias=True,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_group=1,
         topk_group=1, routed_scaling_factor=1.7, first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     ),
@@ -187,3 +189,48 @@ def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
     ):
         # Q8_0 rounds to 1/254 of the largest number of a block, by a scale in float16.
         np.testing.assert_allclose(got, want, atol=float(jnp.abs(want).max()) / 250)
+
+
+@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
+def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
+    """Each expert's matrix in the file is changed by its own B·A, as `ggml_mul_mat_id` does."""
+    model, params = write(tmp_path / "m.gguf", family)
+    config = config_with(
+        target_modules=("q_proj",), target_parameters=("gate_up_proj", "experts.down_proj"),
+        rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 3},
+    )  # fmt: skip
+    tree, base = adapted(models.Model(model.forward, params), config), base_of(model.config)
+    save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base)
+    back, _ = load_gguf_lora(tmp_path / "a.gguf", model.apply, params, TOKENS, base=base)
+    for got, want in zip(*(jax.tree.leaves(lora.merge(t)) for t in (back, tree)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)  # alphas are folded into B
+    save_model(tmp_path / "merged", model, lora.merge(tree))
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    theirs = as_converter(merged, model.config, base.architecture)
+    file, adapter = open_gguf(tmp_path / "m.gguf"), open_gguf(tmp_path / "a.gguf", kind="adapter")
+    for name in ("gate", "up", "down"):
+        weight = f"blk.1.ffn_{name}_exps.weight"
+        a, b = (read_tensor(adapter, f"{weight}.lora_{x}") for x in "ab")
+        scale = adapter.metadata["adapter.lora.alpha"] / b.shape[2]
+        changed = read_tensor(file, weight) + scale * (b @ a)
+        np.testing.assert_allclose(changed, theirs[weight], rtol=1e-5, atol=1e-5)
+    assert a.shape[:2] == (4, 2)
+
+
+def test_adapters_of_gate_and_up_apart_are_one_of_both_ranks():
+    draw = np.random.default_rng(0)
+    gate, up = (
+        FactorPair(draw.normal(size=(4, r, 8)), draw.normal(size=(4, 6, r)), alpha)
+        for r, alpha in ((2, 3.0), (3, 5.0))
+    )
+    for given in ({"gate_proj": gate, "up_proj": up}, {"gate_proj": gate}, {"up_proj": up}):
+        pair = together({f"mlp.experts.{name}": x for name, x in given.items()})[
+            "mlp.experts.gate_up_proj"
+        ]
+        change = pair.alpha / pair.a.shape[1] * pair.b @ pair.a
+        parts = zip(("gate_proj", "up_proj"), np.split(change, 2, axis=1), strict=True)
+        for name, part in parts:
+            wanted = 0.0
+            if name in given:
+                wanted = given[name].alpha / given[name].a.shape[1] * given[name].b @ given[name].a
+            np.testing.assert_allclose(part, wanted, rtol=1e-5, atol=1e-6)  # a factor in float32
