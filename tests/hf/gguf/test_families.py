@@ -14,8 +14,8 @@ from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import FactorPair, together
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora
-from lora_jax.hf.gguf.lora_write import save_gguf_lora
-from lora_jax.hf.gguf.names import ARCHITECTURE_OF
+from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base
 from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.requantizing import save_requantized
@@ -234,3 +234,22 @@ def test_adapters_of_gate_and_up_apart_are_one_of_both_ranks():
             if name in given:
                 wanted = given[name].alpha / given[name].a.shape[1] * given[name].b @ given[name].a
             np.testing.assert_allclose(part, wanted, rtol=1e-5, atol=1e-6)  # a factor in float32
+
+
+def test_an_adapter_of_each_expert_is_one_of_all():
+    """As releases of transformers before 5 have them, with factors of their own for gate and up."""
+    base, draw, tensors = Base("llama", 1, 4, 2, 64, False), np.random.default_rng(0), {}
+    for expert in range(4):
+        for name, (fan_in, fan_out) in {"w1": (8, 6), "w3": (8, 6), "w2": (6, 8)}.items():
+            start = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{start}.lora_A.weight"] = draw.normal(size=(2, fan_in))
+            tensors[f"{start}.lora_B.weight"] = draw.normal(size=(fan_out, 2))
+    alpha, found = to_gguf(tensors, config_with(target_modules=("w1", "w2", "w3"), rank=2), base)
+    for key, want in tensors.items():
+        if key.endswith("lora_A.weight"):
+            expert, name = key.split(".")[-4:-2]
+            part = {"w1": "gate", "w3": "up", "w2": "down"}[name]
+            a, b = (found[f"blk.0.ffn_{part}_exps.weight.lora_{x}"][int(expert)] for x in "ab")
+            change = tensors[key.replace("lora_A", "lora_B")] @ want * config_with().alpha / 2
+            # float32
+            np.testing.assert_allclose(alpha / len(a) * (b @ a), change, rtol=1e-5, atol=1e-5)
