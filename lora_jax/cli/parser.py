@@ -380,7 +380,7 @@ examples:
     parser.add_argument(
         "model",
         nargs="?",
-        help="a config.json, its directory, a hub id, or a known shape such as llama-2-7b",
+        help="a config.json, its directory, a .gguf file, a hub id, or a known shape (llama-2-7b)",
     )
     settings.add_flags(parser, settings.options(commands.estimate_sections()))
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
+from lora_jax.hf.gguf.file import open_gguf, rope_divisors
 from lora_jax.hf.gguf.names import Base, base_from_hf
+from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.registry import config_from_hf
@@ -122,6 +124,17 @@ def config_of(
         return _with_tensors(config, shapes, row.stack, scaling) if rotates else config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_config(path: Path) -> LlamaConfig | GPT2Config:
+    """The configuration of the model in a GGUF file, of which the header and `rope_freqs` are read.
+
+    Raises:
+      ValueError: as `open_gguf` and `config_of`.
+    """
+    file = open_gguf(path)
+    shapes, divisors = weights_of(file).shapes, rope_divisors(file)
+    return config_of(file.metadata, shapes, path=path, divisors=divisors)
 
 
 def _with_tensors(

@@ -176,7 +176,8 @@ def memory(
 
     Args:
       model: a known shape ("llama-2-7b", see `analysis.step_memory.shapes.SHAPES`), a config.json,
-        its directory, a hub id, the parsed JSON, or a configuration of `lora_jax.models`.
+        its directory, a .gguf file, a hub id, the parsed JSON, or a configuration of
+        `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.
       quantize: format of the frozen base ("nf4", "q4_k", ...): QLoRA. As in
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax.files import read_object
 from lora_jax.hf.hub import snapshot
+from lora_jax.models.gguf import read_config
 from lora_jax.models.registry import config_from_hf
 from lora_jax.paths import nearest
 
@@ -114,9 +115,9 @@ def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
     """The display name and the configuration of a model.
 
     Args:
-      model: a name of `SHAPES`, the path of a config.json or of its directory, a hub id (of which
-        config.json alone is fetched), the object in it, or a configuration such as
-        `lora_jax.models.LlamaConfig`.
+      model: a name of `SHAPES`, the path of a config.json, of its directory or of a .gguf file, a
+        hub id (of which config.json alone is fetched), the object in it, or a configuration such
+        as `lora_jax.models.LlamaConfig`.
 
     Raises:
       FileNotFoundError: no such name, file or directory.
@@ -149,8 +150,10 @@ def _from_path(path: Path) -> tuple[str, Any]:
             f"{nearest(str(path).lower(), SHAPES)}); give a hub id, or the path of a config.json"
         )
     file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".gguf":
+        return path.name, read_config(file)
     if file.suffix != ".json":
-        raise ValueError(f"{file}: not a config.json; give its path, or its directory's")
+        raise ValueError(f"{file}: not a config.json; give its path, its directory's or a .gguf's")
     raw = read_object(file)
     # The fields' own errors do not name the file.
     try:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax import LoraConfig, analysis
+from lora_jax import LoraConfig, analysis, models
 from lora_jax.analysis.step_memory import fit, liveness, shapes
 from lora_jax.analysis.step_memory.compiled import temporaries
 from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
@@ -17,6 +17,8 @@ from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
 from lora_jax.cli import main
 from lora_jax.models.sharding import RULES, make_mesh
 from lora_jax.sharding import shardings
+
+from tests.support.gguf_files import TIED, tensors_of, write_model
 
 pytestmark = pytest.mark.once
 
@@ -429,6 +431,12 @@ def test_a_hub_id_may_have_dots(monkeypatch, tmp_path, name):
     for path in ("models/config.json", "../model", "./model"):
         with pytest.raises(FileNotFoundError, match="no file or directory"):
             shapes.config_of(path)
+
+
+def test_a_gguf_file_has_the_estimate_of_its_configuration(tmp_path):
+    path = write_model(tmp_path / "m.gguf", TIED, tensors_of(models.init(jax.random.key(0), TIED)))
+    found, wanted = (analysis.memory(x, length=64, dtype="float32") for x in (path, TIED))
+    assert found.model == "m.gguf" and found.to_dict() == {**wanted.to_dict(), "model": "m.gguf"}
 
 
 @pytest.mark.parametrize(
