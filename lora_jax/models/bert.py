@@ -159,7 +159,7 @@ def hidden_states(
     mask: Bool[AnyArray, "b t"] | None,
     token_type_ids: Int[AnyArray, "b t"] | None,
     positions: Int[AnyArray, "b t"] | None,
-    wrap: Callable[[Callable], Callable],
+    wrap: Callable[..., Callable],
     rows: tuple[str, ...] = (),
     over: str | None = None,
 ) -> Float[Array, "b t d"]:

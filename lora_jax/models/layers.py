@@ -208,7 +208,7 @@ def run_blocks(
     carry: Any,
     call: Callable[..., Any],
     *,
-    wrap: Callable[[Callable], Callable],
+    wrap: Callable[..., Callable],
     each: Sequence[bool],
     given: Array | None = None,
 ) -> Any:
@@ -311,7 +311,7 @@ def _scanned(
     carry: Any,
     one: Callable[..., Any],
     *,
-    wrap: Callable[[Callable], Callable],
+    wrap: Callable[..., Callable],
     each: Sequence[bool],
     given: Array | None,
 ) -> Any:
@@ -322,7 +322,8 @@ def _scanned(
         places = jnp.asarray(numbers, jnp.int32)
         own = [each[number] for number in numbers]
         alike = len(set(own)) == 1
-        bodies.append(wrap(partial(one, graph, own=own[0]) if alike else partial(one, graph)))
+        body = partial(one, graph, own=own[0]) if alike else partial(one, graph)
+        bodies.append(wrap(body, several=len(stacks) > 1))
         some = None if given is None else given[slice(numbers.start, numbers.stop, numbers.step)]
         xs.append((states, places, some) if alike else (states, places, some, jnp.asarray(own)))
 

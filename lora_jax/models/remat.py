@@ -71,24 +71,26 @@ def check_remat(remat: Remat, offload: bool = False) -> None:
 
 def rematerialized(
     remat: Remat, gathered: Specs = (), *, offload: bool = False, tokens: str | None = None
-) -> Callable[[Callable], Callable]:
-    """Wraps the function that runs one block; options as in `Forward`."""
+) -> Callable[..., Callable]:
+    """Wraps the function that runs one block, or one of `several` in turns; options: `Forward`."""
     name = remat_name(remat)
     if name == "none" and not gathered and tokens is None:
-        return lambda run: run
+        return lambda run, several=False: run
     # What is gathered the backward pass gathers again: else every device would keep the weights of
     # all layers, and the keys of all tokens, until then.
     policy = _unless_gathered() if name == "none" else _policy(remat, offload)
 
-    def wrap(run: Callable) -> Callable:
+    def wrap(run: Callable, several: bool = False) -> Callable:
         def block(state: Any, number: Any, carry: Any, *others: Any) -> Any:
             if offload:
                 # JAX keeps an argument where it is, and what has a name where the policy puts it.
                 carry = jax.tree.map(lambda x: checkpoint_name(x, _INPUT), carry)
             return run(gather(state, gathered) if gathered else state, number, carry, *others)
 
-        # In a scan XLA cannot merge the two computations anyway, so no barrier is needed.
-        return jax.checkpoint(block, policy=policy, prevent_cse=False)
+        # In a scan XLA cannot merge the two computations. Of several blocks in an iteration it
+        # would compute all again before the backward pass of the last, and hold them together:
+        # with the barrier each waits for the gradient of the block behind it.
+        return jax.checkpoint(block, policy=policy, prevent_cse=several)
 
     return wrap
 

@@ -384,7 +384,7 @@ def test_a_pipe_gets_each_answer_before_it_sends_the_next_prompt(
         ("--roles zz=io", '`--roles` entry "zz" matches no leaf; nearest'),
         ("--processes 2", "`--processes` is for a run of several processes: add --distributed"),
         ("--quantize-block 32", "`--quantize-block` is 32, and the base is not quantized"),
-        ("--quantize file", "`--quantize file` keeps blocks that a file holds, and"),
+        ("--quantize file", "`--quantize` has no blocks to keep, as"),
     ],
 )
 def test_a_wrong_setting_is_a_sentence_with_status_2(model, data, tmp_path, capsys, flags, message):
