@@ -153,7 +153,7 @@ def examples(
             f"`tokenizer` must be one of `lora.hf`, as `model.tokenizer` is, got "
             f"{kind_of(tokenizer)}: call `lora.train.examples(records, tokenizer, max_length=...)`"
         )
-    if config is not None and not hasattr(config, "model_type"):
+    if config is not None and not (hasattr(config, "task") or hasattr(config, "model_type")):
         raise TypeError(f"`config` must be `model.config`, got {kind_of(config)}")
     # The records may be a generator, and are read twice.
     records, goal = list(records), goal_of(config)
