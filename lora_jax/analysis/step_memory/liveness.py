@@ -56,6 +56,8 @@ class Habits(NamedTuple):
       early_zeros: the stacks that a loop fills are allocated, as zeros, when the loop before it
         ends: they depend on nothing, and the scheduler minimizes time, not memory.
       early_gathers: a sharded argument that is read outside the loops is gathered at the start.
+      ahead: the weights of a loop's iteration are all gathered at its start: each gather begins as
+        soon as the one before has ended.
       turned: where a product sums over the first dims of both operands, as a weight's gradient
         does, one of them is copied transposed as soon as it is computed: the second, or the first
         if it is far smaller.
@@ -68,6 +70,7 @@ class Habits(NamedTuple):
     in_place: bool = True
     early_zeros: bool = False
     early_gathers: bool = False
+    ahead: bool = False
     turned: bool = False
     sums_read: bool = False
     iteration: bool = False
@@ -76,8 +79,10 @@ class Habits(NamedTuple):
 # By the backend of `StepSettings`, from the buffer assignments that each compiler printed.
 # "reference" runs on a CPU.
 HABITS: Mapping[str, Habits] = {
-    "gpu": Habits(early_zeros=True),
-    "reference": Habits(in_place=False, early_gathers=True, turned=True, sums_read=True),
+    "gpu": Habits(early_zeros=True, ahead=True),
+    "reference": Habits(
+        in_place=False, early_gathers=True, ahead=True, turned=True, sums_read=True
+    ),
 }
 
 
@@ -161,12 +166,14 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
     Node i runs at time i; fractions place the copies and gathers around it.
     """
     real, found = program.real, []
-    # A slice of a stack is copied just before its first reader.
+    # A slice of a stack is copied just before its first reader, or gathered.
     for x in program.values:
         if x.source & SLICE and x in real and (users := program.users.get(x)):
-            found.append(_Kernel(users[0].at - 0.5, None, [x], []))
+            ahead = habits.ahead and x.source & SPREAD
+            found.append(_Kernel(-1 if ahead else users[0].at - 0.5, None, [x], []))
     # A product reads the gathered copy of a sharded argument, which is a value of its own.
-    whole = {x: Value(x.aval, SPREAD) for x in program.values if x.source & SPREAD}
+    spread = [x for x in program.values if x.source & SPREAD and not x.source & SLICE]
+    whole = {x: Value(x.aval, SPREAD) for x in spread}
     last, before = set(program.outs[program.stacked_from :]), None
     for node in program.nodes:
         writes = node.outs if stores(node.op) else [o for o in node.outs if o in real]
@@ -319,8 +326,8 @@ def _inside(kernel: _Kernel, habits: Habits) -> Alive:
     if node.op == "scan":
         inner, _ = compat.open_jaxpr(node.eqn.params["jaxpr"])
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
-        rest = len(inner.invars) - consts - carries
-        sources = [HELD] * consts + [OWNED] * carries + [SLICE] * rest
+        slices = [SLICE | x.source & SPREAD for x in node.ins[consts + carries :]]
+        sources = [HELD] * consts + [OWNED] * carries + slices
         inside = habits._replace(iteration=True)
         return _peak_of(inner, sources, stacked_from=carries, habits=inside)
     if node.op in ("cond", "while"):
