@@ -159,7 +159,7 @@ GIVEN: dict[str, Any] = {
 APART = {"bos_token_id", "eos_token_ids", "pooler_output_size"}
 
 
-@pytest.mark.oracle
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [*DIALECTS, *OTHERS])
 def test_what_a_file_leaves_out_is_the_default_of_transformers(kind):
