@@ -214,7 +214,10 @@ class BertConfig:
             given |= {"id2label": None, "num_labels": 2}
         task = task or _task(raw, kind)
         if task == MASKED_LM and raw.get("tie_word_embeddings") is False:
-            raise ValueError("config: an untied masked-LM head is not supported")
+            raise ValueError(
+                "config: `tie_word_embeddings` must be true, got false: the head of words is the "
+                'embedding table; load the model without it, as task="features"'
+            )
         plain = {name: given[name] for name in _PLAIN if name in given}
         return BertConfig(
             **plain,

@@ -23,7 +23,7 @@ from lora_jax.models.families import DIALECTS
 from lora_jax.models.heads import LANGUAGE
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.mixing import Mixing
-from lora_jax.models.ranges import RANGES, check_fields, check_range
+from lora_jax.models.ranges import RANGES, check_fields, check_range, check_rotation
 from lora_jax.models.reading import PLAIN, read_fields, with_plain_windows
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
@@ -235,8 +235,7 @@ class LlamaConfig:
                 f"config: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
-        if self.rotary_dim % 2 or not self.rotary_dim:
-            raise ValueError(f"config: `head_dim` must be even for RoPE, got {self.rotary_dim}")
+        check_rotation(self)
         for name, each in (
             ("layer_types", self.sliding_layers),
             ("rope_layers", self.rope_layers),

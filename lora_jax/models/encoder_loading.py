@@ -257,8 +257,9 @@ def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weig
     for name in found:
         if not same(weights, name, repeats[name], shared=shared):
             raise ValueError(
-                f"{weights.source}: `{name}` differs from `{repeats[name]}`, but the model ties "
-                "the two"
+                f"{weights.source}: `{name}` differs from `{repeats[name]}`, but the model has one "
+                "tensor for the two (`tie_word_embeddings`): save it with equal ones, or load it "
+                'without the head of words, as task="features"'
             )
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in found}
     return weights._replace(shapes=shapes)

@@ -175,3 +175,23 @@ def _is_default(value: Any, field: Field) -> bool:
 
 def _short(value: Any) -> str:
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def check_rotation(config: Any) -> None:
+    """Checks that the rotated dims of a head are pairs."""
+    dims, share = config.rotary_dim, config.partial_rotary_factor
+    if dims and dims % 2 == 0:
+        return
+    expected = f"rotates {dims} dims of a head, expected an even number above 0"
+    if config.qk_rope_head_dim:
+        raise ValueError(f"config: `qk_rope_head_dim` {expected}")
+    if share == 1.0:
+        raise ValueError(
+            f"config: `head_dim` {expected}; where it is not stated it is `hidden_size` / "
+            "`num_attention_heads`"
+        )
+    near = max(2, dims + dims % 2) / config.head_dim
+    raise ValueError(
+        f"config: `partial_rotary_factor` (`rotary_pct`) {share:g} of `head_dim` {config.head_dim} "
+        f"{expected}; {near:g} does"
+    )

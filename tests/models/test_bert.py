@@ -604,3 +604,10 @@ def test_an_encoder_is_loaded_straight_onto_a_mesh(saved, case, options, monkeyp
     vocabulary = found[next(iter(found.keys() & {"bert", "roberta"}))]["embeddings"]
     table = vocabulary["word_embeddings"]["embedding"]
     assert max(sizes) <= table.size // 8
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_an_untied_head_of_words_is_refused(kind):
+    raw = {**(MODERN if kind == "modernbert" else SIZES), "model_type": kind}
+    with pytest.raises(ValueError, match='`tie_word_embeddings` must be true, .* task="features"'):
+        models.BertConfig.from_hf({**raw, "tie_word_embeddings": False}, task="masked-lm")

@@ -251,7 +251,7 @@ REFUSED = {
         {"num_key_value_heads": 3},
         r"`num_attention_heads` \(4\) is not a multiple of `num_key_value_heads` \(3\)",
     ),
-    "odd heads": ({"head_dim": 7}, "`head_dim` must be even for RoPE, got 7"),
+    "odd heads": ({"head_dim": 7}, "`head_dim` rotates 7 dims of a head, expected an even number"),
     "unknown rope": (
         {"rope_scaling": {"rope_type": "su", "factor": 2.0}},
         "rope_type `su` is not one of default, linear, .*, yarn, proportional, longrope",

@@ -310,7 +310,11 @@ REFUSED = {
         {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 8}},
         "`original_max_position_embeddings` is 4096, but 8 in `rope_scaling`",
     ),
-    "odd part": (PHI3, {"partial_rotary_factor": 0.1}, "must be even for RoPE, got 9"),
+    "odd part": (
+        PHI3,
+        {"partial_rotary_factor": 0.1},
+        r"`partial_rotary_factor` .* 0.1 of `head_dim` 96 rotates 9 dims.*; 0.104167 does",
+    ),
     "two contexts": (GPT2, {"n_ctx": 512}, "`n_ctx` is 512, but `n_positions` 1024"),
     "no activation": (GPT2, {"activation_function": "mish"}, "`mish` is not one of silu"),
     "uneven heads": (GPT2, {"n_head": 7}, r"`n_embd` \(768\) is not a multiple of `n_head` \(7\)"),
