@@ -285,12 +285,13 @@ def _of_factors(merge: Callable) -> Callable:
         signed = jnp.where(weights >= 0, roots, -roots)
         a = jnp.stack([x.a.reshape(-1, fan_in, x.rank) for _, x in parts])
         b = jnp.stack([x.b.reshape(-1, x.rank, fan_out) for _, x in parts])
-        found = [[], []]
-        for i in range(a.shape[1]):
-            for own, x, shares, part in zip(found, (a, b), (signed, roots), (0, 1), strict=True):
-                own.append(merge(x[:, i], shares[:, i], options.within(2 * i + part)))
-        a, b = map(jnp.stack, found)
-        rank = ranks[0]
+
+        def joined(x: Array, shares: Array, part: int) -> Array:
+            every = range(x.shape[1])
+            own = [merge(x[:, i], shares[:, i], options.within(2 * i + part)) for i in every]
+            return jnp.stack(own)
+
+        a, b, rank = joined(a, signed, 0), joined(b, roots, 1), ranks[0]
         return _leaf(like, a.reshape(*stack, fan_in, rank), b.reshape(*stack, rank, fan_out))
 
     return join
