@@ -11,7 +11,6 @@ Source: `mlx_lm/tuner/utils.py` and `mlx_lm/tuner/lora.py` of mlx-lm 0.32.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import CONFIG_FILE, local, read_tensors
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.save import with_task
-from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.hf.peft.vllm import for_vllm, in_layer
 from lora_jax.multi.single import check_single
 from lora_jax.plan.decide import plan
 
@@ -149,7 +148,7 @@ def write_mlx(
     rank = fields["r"]
     scale = fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
     # Modules of layers are named within their layer. A module that gets no tensors has B = 0.
-    names = {re.sub(r"^[^0-9]*\.\d+\.", "", key.rpartition(".")[0]) for key in out}
+    names = {in_layer(key.rpartition(".")[0]) for key in out}
     lora = {"rank": rank, "scale": scale, "dropout": config.dropout, "keys": sorted(names)}
     content = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora}
     with replacing(directory) as new:

@@ -75,13 +75,22 @@ FAULTS = [
         ("ranks == {config.rank} and", "True and"),
     ),
     *in_file(
+        "hf/peft/experts.py",
+        "tests/hf/peft/test_experts.py",
+        ("-1).transpose(2, 0, 1)", "-1).transpose(2, 0, 1)[::-1]"),
+        ("if swapped else (own_a, own_b)", "if not swapped else (own_a, own_b)"),
+        ("if swapped else (a, b)", "if not swapped else (a, b)"),
+    ),
+    *in_file(
+        "hf/peft/index.py",
+        "tests/hf/peft/test_experts.py",
+        ("return nested[-1 - module.count(BASE)]", "return nested[0]"),
+    ),
+    *in_file(
         "hf/peft/vllm.py",
         "tests/hf/peft/test_experts.py",
-        ("name = own[-outer] if own", "name = own[0] if own"),
-        ("-1).transpose(2, 0, 1)", "-1).transpose(2, 0, 1)[::-1]"),
         ("gate_up.b[:, :width], gate", "gate_up.b[:, width:], gate"),
         ("(outs // 2, ins) if both[0]", "(outs, ins) if both[0]"),
-        ("if swapped else (a, b)", "if not swapped else (a, b)"),
     ),
     *in_file(
         "hf/peft/base.py",

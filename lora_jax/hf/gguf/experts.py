@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.config import matching
-from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft.experts import by_expert
 
 # A module of experts -> llama.cpp's name.
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
@@ -39,16 +38,6 @@ class FactorPair(NamedTuple):
     embedding: bool = False
 
 
-def parameter_of(module: str, config: LoraConfig) -> str | None:
-    """The parameter of experts that an adapter of PEFT's at a module is of, if any."""
-    inner = module.removesuffix(".base_layer")
-    named = [f"{inner}.{name}" for name in _PARAMETERS]
-    named = [name for name in named if matching.names_parameter(config, name)]
-    if not inner.endswith(".experts") or not named:
-        return None
-    return named[0] if inner != module else named[-1]
-
-
 def apart(parameter: str, pair: FactorPair, rank: int) -> dict[str, FactorPair]:
     """The pairs of each module of experts, from PEFT's of their parameter.
 
@@ -59,8 +48,7 @@ def apart(parameter: str, pair: FactorPair, rank: int) -> dict[str, FactorPair]:
         raise ValueError(
             f"`{parameter}`: lora_A {pair.a.shape} is not whole experts of rank {rank}"
         )
-    a = pair.a.reshape(-1, rank, pair.a.shape[1])
-    b = pair.b.reshape(len(pair.b), rank, -1).transpose(2, 0, 1)
+    a, b = by_expert(pair.a, pair.b, rank)
     module, _, last = parameter.rpartition(".")
     names = _PARAMETERS[last]
     parts = zip(names, np.split(b, len(names), axis=1), strict=True)

@@ -19,7 +19,7 @@ from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.experts import in_one
-from lora_jax.hf.peft.index import PREFIX
+from lora_jax.hf.peft.index import BASE, PREFIX
 from lora_jax.plan.decide import plan
 
 _OURS = (".lora_a", ".lora_b")
@@ -176,7 +176,7 @@ def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
     for module, pair in pairs.items():
         if pair.a.ndim == 3:
             inside, _, last = module.rpartition(".")
-            inner = ".base_layer" * (last == GATE_UP and f"{inside}.down_proj" in pairs)
+            inner = BASE * (last == GATE_UP and f"{inside}.down_proj" in pairs)
             out |= in_one(f"{PREFIX}{inside}{inner}", pair.a, pair.b)
             continue
         in_a, in_b = EMBEDDING if pair.embedding else LINEAR

@@ -30,11 +30,11 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
-from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, parameter_of
+from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.experts import fused
-from lora_jax.hf.peft.index import PREFIX, with_fused_experts
+from lora_jax.hf.peft.index import BASE, PREFIX, parameter_of, with_fused_experts
 from lora_jax.hf.peft.prefixes import respelled
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.paths import nearest
@@ -147,7 +147,7 @@ def _pairs(
             b = tensors.get(key.removesuffix(in_a) + in_b)
             if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(f"`{key}`: no pair of matrices (r, in) and (out, r) with its B")
-            parameter = parameter_of(module, config)
+            parameter = parameter_of(module, config) if _is_experts(module) else None
             name = parameter or module
             rank = matching.rank_of(config, name) if parameter else a.shape[0]
             scale = matching.scale_of(config, rank, matching.alpha_of(config, name))
@@ -155,6 +155,10 @@ def _pairs(
             pairs |= apart(parameter, pair, rank) if parameter else {module: pair}
     _check_rest(tensors, pairs, base)
     return pairs
+
+
+def _is_experts(module: str) -> bool:
+    return module.removesuffix(BASE).endswith(".experts")
 
 
 def _check_rest(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.names import renamed
-from lora_jax.hf.peft.index import FUSED, PREFIX
+from lora_jax.hf.peft.index import BASE, FUSED, PREFIX
 
 _Layer = Literal["gate", "up", "down"]
 # Mixtral's names, and those of all others.
@@ -72,7 +72,7 @@ def fused(
                 "they are one array in this model, and both need one"
             )
         # PEFT nests the adapters of a module's parameters: the first one is the inner one.
-        inner = ".base_layer" if {"gate", "down"} <= layers else ""
+        inner = BASE if {"gate", "down"} <= layers else ""
         pairs = {layer: _stacked(found, module, layer, source) for layer in layers}
         if "gate" in pairs:
             ranks.add(pairs["gate"][0].shape[1])
@@ -130,6 +130,20 @@ def _side_by_side(
     return np.concatenate((gate[0], up[0]), 1), np.concatenate(rows, 1)
 
 
+def by_expert(
+    a: Float[np.ndarray, "er in"],
+    b: Float[np.ndarray, "out re"],
+    rank: int,
+    *,
+    swapped: bool = False,
+) -> tuple[Float[np.ndarray, "e r in"], Float[np.ndarray, "e out r"]]:
+    """The factors of each expert from PEFT's tensors of a parameter: the inverse of `in_one`."""
+    own_a = a.reshape(-1, rank, a.shape[1])
+    own_b = b.reshape(len(b), rank, -1).transpose(2, 0, 1)
+    # Where PEFT takes outputs for inputs, its A is our Bᵀ.
+    return (own_b.swapaxes(1, 2), own_a.swapaxes(1, 2)) if swapped else (own_a, own_b)
+
+
 def in_one(
     module: str,
     a: Float[np.ndarray, "e r in"],
@@ -150,7 +164,7 @@ def _renamed(
 ) -> LoraConfig:
     """The config of the fused adapter, of whose modules each has a tensor in `rest`."""
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in rest if ".lora_" in key}
-    modules = {module for module in modules if not module.endswith((".experts", ".base_layer"))}
+    modules = {module for module in modules if not module.endswith((".experts", BASE))}
     changed: dict[str, Any] = {
         "target_modules": tuple(sorted(modules)),
         "target_parameters": tuple(entries),

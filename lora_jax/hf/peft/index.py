@@ -25,6 +25,7 @@ from lora_jax.paths import bare, expand, module_of
 
 # What PEFT's names of tensors start with.
 PREFIX = "base_model.model."
+BASE = ".base_layer"  # what PEFT calls a module inside an adapter
 
 # The order in which models register the parameters of their experts, which decides how PEFT nests
 # the adapters of several parameters of one module.
@@ -222,12 +223,20 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     return replace(config, target_parameters=(*config.target_parameters, *entries), **patterns)
 
 
-def parameters_in(config: LoraConfig, module: str) -> list[str]:
-    """Full names of a module's parameters that target_parameters names, as PEFT nests them."""
+def parameter_of(module: str, config: LoraConfig) -> str | None:
+    """The full name of the parameter that an adapter at a module of PEFT's is of, if any.
+
+    Args:
+      module: without `PREFIX`, with a `.base_layer` for each adapter around this one.
+      config: the adapter's.
+    """
+    plain = module.replace(BASE, "")
     ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.target_parameters)
-    full = [f"{module}.{end}" for end in ends]
+    full = [f"{plain}.{end}" for end in ends]
     found = [name for name in full if matching.names_parameter(config, name)]
-    return sorted(found, key=lambda name: _registered(config, name))
+    # The first parameter of a module has the innermost adapter.
+    nested = sorted(found, key=lambda name: _registered(config, name))
+    return nested[-1 - module.count(BASE)] if nested else None
 
 
 def their_parameter(path: str) -> str:

@@ -22,13 +22,12 @@ import numpy as np
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
-from lora_jax.hf.peft.experts import in_one
-from lora_jax.hf.peft.index import PREFIX, parameters_in
+from lora_jax.hf.peft.experts import by_expert, in_one
+from lora_jax.hf.peft.index import BASE, PREFIX, parameter_of
 from lora_jax.hf.peft.tensors import SWAPPED
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
-_BASE = ".base_layer"  # what PEFT calls a module inside an adapter
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 # Models whose experts vLLM takes as PEFT has them (`is_3d_moe_weight`).
 TOGETHER = ("gpt_oss", "qwen3_5_moe")
@@ -112,11 +111,9 @@ def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig) -> Iterator[tu
             if not key.endswith(suffixes[0]):
                 continue
             module = key.removesuffix(suffixes[0])
-            plain = module.replace(_BASE, "")
-            own = parameters_in(config, plain.removeprefix(PREFIX))
-            # The first parameter of a module is the innermost adapter.
-            outer = module.count(_BASE) + 1
-            name = own[-outer] if own else plain.removeprefix(PREFIX)
+            plain = module.replace(BASE, "")
+            own = module.removeprefix(PREFIX)
+            name = parameter_of(own, config) or own
             rank, alpha = matching.rank_of(config, name), matching.alpha_of(config, name)
             scale = matching.scale_of(config, rank, alpha)
             yield name, _Pair(plain, a, tensors[module + suffixes[1]], rank, scale, suffixes)
@@ -147,7 +144,7 @@ def _served(
 
 def _experts(module: str, found: Mapping[str, _Pair], model_type: str) -> Iterator[_Pair]:
     """The adapters of a block's experts; what has none gets one of zeros, which vLLM requires."""
-    given = {name: _by_expert(pair, swapped=model_type in SWAPPED) for name, pair in found.items()}
+    given = {name: _apart(pair, swapped=model_type in SWAPPED) for name, pair in found.items()}
     both = given.get("gate_up_proj"), given.get("down_proj")
     one = both[0] or both[1]
     assert one is not None
@@ -159,7 +156,7 @@ def _experts(module: str, found: Mapping[str, _Pair], model_type: str) -> Iterat
     # A decoder inside a model of images and texts is what that model is.
     whole = model_type.removesuffix("_text") if ".language_model." in module else model_type
     if whole in TOGETHER:
-        yield gate_up._replace(module=module + _BASE)
+        yield gate_up._replace(module=module + BASE)
         yield down
         return
     names = ("w1", "w3", "w2") if model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
@@ -174,12 +171,8 @@ def _zeros(pair: _Pair, a: tuple[int, ...], b: tuple[int, ...]) -> _Pair:
     return pair._replace(a=np.zeros(a, pair.a.dtype), b=np.zeros(b, pair.b.dtype))
 
 
-def _by_expert(pair: _Pair, *, swapped: bool) -> _Pair:
-    """Factors (experts, rank, in) and (experts, out, rank) of PEFT's, expert slowest in A."""
-    a = pair.a.reshape(-1, pair.rank, pair.a.shape[1])
-    b = pair.b.reshape(len(pair.b), pair.rank, -1).transpose(2, 0, 1)
-    # Where PEFT takes outputs for inputs, its A is our Bᵀ.
-    a, b = (b.swapaxes(1, 2), a.swapaxes(1, 2)) if swapped else (a, b)
+def _apart(pair: _Pair, *, swapped: bool) -> _Pair:
+    a, b = by_expert(pair.a, pair.b, pair.rank, swapped=swapped)
     return pair._replace(a=a, b=b)
 
 
@@ -225,17 +218,18 @@ def _targets(listed: list[str] | None, modules: Iterable[str]) -> dict[str, list
     With None the entries are full names. Experts that lie in one array are parameters.
     """
     names = [module.removeprefix(PREFIX) for module in modules]
-    blocks = [name.removesuffix(_BASE) for name in names if name.endswith(f".experts{_BASE}")]
-    single = [name for name in names if name.removesuffix(_BASE) not in blocks]
+    blocks = [name.removesuffix(BASE) for name in names if name.endswith(f".experts{BASE}")]
+    single = [name for name in names if name.removesuffix(BASE) not in blocks]
     other = [name for name in single if not any(matching.ends_with(name, x) for x in listed or ())]
     parameters = [f"{block}.{last}" for block in blocks for last in ("gate_up_proj", "down_proj")]
     if listed is not None:
-        other, parameters = ([_in_layer(x) for x in each] for each in (other, parameters))
+        other, parameters = ([in_layer(x) for x in each] for each in (other, parameters))
     return {
         "target_modules": [*(listed or ()), *sorted(set(other))],
         "target_parameters": [*dict.fromkeys(parameters)] or None,
     }
 
 
-def _in_layer(name: str) -> str:
+def in_layer(name: str) -> str:
+    """A module's name within its layer."""
     return re.sub(r"^[^0-9]*\.\d+\.", "", name)
