@@ -115,11 +115,13 @@ def _load_peft(
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
     from lora_jax.hf.peft.base import warn_of_base
+    from lora_jax.hf.peft.base_names import warn_of_name
 
     content = _read_peft(source, model_type=model.config.model_type)
     loaded = _attach(content, model, source, plan_of)
     # Orbax adapters are compared with the whole base, and GGUF files hold nothing about it.
     warn_of_base(content.base, loaded[0], str(source))
+    warn_of_name(content.config.extra.get("base_model_name_or_path"), model.checkpoint, str(source))
     return loaded
 
 

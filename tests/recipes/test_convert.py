@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,15 @@ def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, want)
     else:
         same(merged, want)
+
+
+def test_an_adapter_of_another_model_is_said(model, trained, tmp_path):
+    adapter, chat = tmp_path / "adapter", Path("models/tiny-1b-instruct")
+    convert.save_adapter(model, trained, CONFIG, adapter, to="peft", base_model_name="org/tiny-1b")
+    with pytest.warns(UserWarning, match="names the base `org/tiny-1b`, and `tiny-1b-instruct` is"):
+        convert.load_adapter(
+            dataclasses.replace(model, checkpoint=chat), adapter, lambda c: plan_model(model, c)
+        )
 
 
 def test_a_merge_in_floats_is_no_gguf_file(tmp_path):
