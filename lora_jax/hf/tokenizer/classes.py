@@ -8,7 +8,7 @@ Source: transformers 5.23, the `__init__` of each class in `models/*/tokenizatio
 `AutoTokenizer.from_pretrained` for the choice of the class.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lora_jax.hf.tokenizer.backends import QWEN2
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
     Attributes:
       normalizer, pre_tokenizer, decoder: as in tokenizer.json.
-      model: fields of the model.
+      model: fields of the model; of Unigram's, `unk_id` is for a vocabulary without `unk_token`.
     """
 
     normalizer: Part
@@ -65,7 +65,8 @@ class Class(NamedTuple):
       special: its special tokens, where tokenizer_config.json names none.
       single, pair: what it puts around one text and two: names of special tokens, "$A" and "$B:1"
         with their type ids; empty if tokenizer.json decides.
-      extra: further special tokens, where the files list none.
+      trims: offsets leave out the spaces around a token, unless `trim_offsets` is false.
+      extra: further special tokens, where the files list none, by tokenizer_config.json.
       again: how it adds its special tokens again: "plain", without `lstrip`, `single_word` and the
         others; "special", those without a name as special ones; "" for not at all.
     """
@@ -75,7 +76,8 @@ class Class(NamedTuple):
     special: Mapping[str, str]
     single: str = ""
     pair: str = ""
-    extra: tuple[str, ...] = ()
+    trims: bool = False
+    extra: Callable[[Mapping[str, Any]], Sequence[str]] = lambda settings: ()
     again: Literal["", "plain", "special"] = ""
 
 
@@ -169,17 +171,44 @@ def _bert(given: Given) -> Parts:
 
 
 def _xlm_roberta(given: Given) -> Parts:
-    return _unigram(given, unknown=3, prefix=given.prefix(True))
+    return _unigram(given, {"unk_id": 3}, prefix=given.prefix(True))
+
+
+def _camembert(given: Given) -> Parts:
+    unknown = {"unk_id": 0, "unk_token": given.special["unk_token"]}
+    return _unigram(given, unknown, prefix=given.prefix(True))
 
 
 def _t5(given: Given) -> Parts:
-    return _unigram(given, unknown=2, prefix=True)
+    return _unigram(given, {"unk_id": 2}, prefix=True)
 
 
-def _unigram(given: Given, *, unknown: int, prefix: bool) -> Parts:
+def _unigram(given: Given, unknown: Mapping[str, Any], *, prefix: bool) -> Parts:
     marks = _metaspace("always" if prefix else "never", True)
     words = _sequence("pretokenizers", {"type": "WhitespaceSplit"}, marks)
-    return Parts(given.characters, words, marks, {"unk_id": unknown})
+    return Parts(given.characters, words, marks, unknown)
+
+
+def _deberta(given: Given) -> Parts:
+    spaces = {"type": "Replace", "pattern": {"Regex": r"\s{2,}|[\n\r\t]"}, "content": " "}
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    lower = [{"type": "Lowercase"}] * bool(given.settings.get("do_lower_case", False))
+    marks = _metaspace("always" if given.prefix(True) else "first", True)
+    punctuation = {"type": "Punctuation", "behavior": "Isolated"}
+    split = [punctuation] * bool(given.settings.get("split_by_punct", False))
+    unknown = {
+        "unk_id": given.settings.get("unk_id", 1), "unk_token": given.special["unk_token"]
+    }  # fmt: skip
+    return Parts(
+        _sequence("normalizers", *lower, spaces, _NFC, strip),
+        _sequence("pretokenizers", *split, marks),
+        marks,
+        unknown,
+    )
+
+
+def _sentinels(settings: Mapping[str, Any]) -> list[str]:
+    return [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
 
 
 def _end(text: str) -> dict[str, str]:
@@ -229,7 +258,7 @@ CLASSES: Mapping[str, Class] = {
     "CohereTokenizer": Class("BPE", _cohere, _COHERE_SPECIAL, again="special"),
     "RobertaTokenizer": Class(
         "BPE", _gpt2, _ROBERTA_SPECIAL, single="cls_token $A sep_token",
-        pair="cls_token $A sep_token sep_token $B sep_token",
+        pair="cls_token $A sep_token sep_token $B sep_token", trims=True,
     ),
     "BertTokenizer": Class(
         "WordPiece", _bert, _BERT_SPECIAL, single="cls_token $A sep_token",
@@ -242,6 +271,15 @@ CLASSES: Mapping[str, Class] = {
     "T5Tokenizer": Class(
         "Unigram", _t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
         single="$A eos_token", pair="$A eos_token $B eos_token",
-        extra=tuple(f"<extra_id_{i}>" for i in range(100)),
+        extra=_sentinels,
+    ),
+    "DebertaV2Tokenizer": Class(
+        "Unigram", _deberta, {**_BERT_SPECIAL, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+        single="cls_token $A sep_token", pair="cls_token $A sep_token $B:1 sep_token:1",
+    ),
+    "CamembertTokenizer": Class(
+        "Unigram", _camembert, _ROBERTA_SPECIAL, single="bos_token $A eos_token",
+        pair="bos_token $A eos_token eos_token $B eos_token",
+        extra=lambda settings: ("<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"),
     ),
 }  # fmt: skip

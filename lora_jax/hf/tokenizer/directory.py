@@ -35,6 +35,9 @@ _SPECIAL = (
 )  # fmt: skip
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 _NO_TOKENS = ("add_bos_token", "add_eos_token")  # flags
+_MOST = 1_000_000  # tokens
+# Of T5, DeBERTa and XLM-R.
+_SENTENCEPIECE = ("spiece.model", "spm.model", "sentencepiece.bpe.model")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -59,6 +62,7 @@ def from_directory(directory: str | Path, *, rows: int | None = None) -> Tokeniz
     path = directory / "tokenizer.json"
     rows = _rows(directory) if rows is None else rows
     settings = read_object(directory / SETTINGS, optional=True)
+    _check_numbers(directory, settings)
     given = _with_map(directory, settings)
     found, extra, its = _special_tokens(given), _extra(given), None
     named = found
@@ -78,7 +82,7 @@ def from_directory(directory: str | Path, *, rows: int | None = None) -> Tokeniz
         return None
     _add_declared(backend, directory, settings, _texts(named), extra or ())
     # A class has its own extra tokens where the files list none.
-    of_class = its.extra if its is not None and extra is None else ()
+    of_class = its.extra(settings) if its is not None and extra is None else ()
     special = _add_undeclared(backend, directory, named, extra or of_class, found, rows)
     if its is not None and its.again:
         _add_again(backend, special.values(), extra or (), plain=its.again == "plain")
@@ -86,7 +90,7 @@ def from_directory(directory: str | Path, *, rows: int | None = None) -> Tokeniz
     texts = {name: text for name, (text, _) in templates.items()}
     ends = _ends(directory, backend, rows)
     if its is not None:
-        surround(backend, its, {**its.special, **_texts(named)}, directory)
+        surround(backend, its, {**its.special, **_texts(named)}, settings, directory)
     if ends and not ("eos_token" in found and "eos_token" in special):
         # The model's end token, where the tokenizer's files name none that it has.
         special["eos_token"] = backend.id_to_token(ends[0])
@@ -134,6 +138,17 @@ def _with_map(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     # But its tokens without a name count only where the other file has no list.
     newer = {n: x for n, x in newer.items() if n not in _LISTS or n not in settings}
     return {**settings, **newer}
+
+
+def _check_numbers(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses counts and ids that no tokenizer has, which the classes read."""
+    for name in ("extra_ids", "unk_id"):
+        value = settings.get(name, 0)
+        if type(value) is not int or not 0 <= value < _MOST:
+            raise ValueError(
+                f"{directory / SETTINGS}: `{name}` must be a number from 0 to {_MOST - 1}, got "
+                f"{value!r}"
+            )
 
 
 def _special_tokens(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,7 +369,7 @@ def _named_templates(raw: Any) -> dict[str, str]:
 
 
 def _refuse_slow(directory: Path) -> None:
-    for name in ("tokenizer.model", "vocab.json", "spiece.model"):
+    for name in ("tokenizer.model", "vocab.json", *_SENTENCEPIECE):
         if (directory / name).is_file():
             raise ValueError(
                 f"{directory / name}: only tokenizer.json can be read; write one by transformers' "

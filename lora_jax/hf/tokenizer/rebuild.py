@@ -28,8 +28,8 @@ _SAME = {
 _NOT_FOLLOWED = frozenset(
     f"{name}Tokenizer"
     for name in (
-        "Albert", "Barthez", "BigBird", "Blenderbot", "CLIP", "Camembert", "CodeGen",
-        "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Deberta", "DebertaV2", "Esmc",
+        "Albert", "Barthez", "BigBird", "Blenderbot", "CLIP", "CodeGen",
+        "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Deberta", "Esmc",
         "Funnel", "Herbert", "Lasr", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Luke", "MBart",
         "MBart50", "MLuke", "MPNet", "MarkupLM", "Nllb", "Nougat", "OpenAIGPT", "Pegasus",
         "Reformer", "RemBert", "RoFormer", "SeamlessM4T", "Siglip2", "Splinter", "Tipsv2", "Udop",
@@ -79,6 +79,8 @@ _OF_TYPE = {
     ),
     **dict.fromkeys(("t5", "mt5", "switch_transformers"), "T5Tokenizer"),
     **dict.fromkeys(("xlm-roberta", "xmod"), "XLMRobertaTokenizer"),
+    "deberta-v2": "DebertaV2Tokenizer",
+    "camembert": "CamembertTokenizer",
 }  # fmt: skip
 # Types whose directories often name a wrong class: the type decides.
 _TYPE_DECIDES = ("qwen2", "phi3", "llava", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
@@ -220,12 +222,21 @@ def _set_model(backend: Any, fields: Mapping[str, Any]) -> None:
         return
     # Unigram's fields cannot be set: one with another number for unknown pieces is made anew.
     state = json.loads(backend.model.__getstate__())
-    if (state["unk_id"], state.get("byte_fallback", False)) != (fields["unk_id"], False):
-        pieces = [tuple(piece) for piece in state["vocab"]]
-        backend.model = require("tokenizers").models.Unigram(pieces, fields["unk_id"], False)
+    pieces = [tuple(piece) for piece in state["vocab"]]
+    texts = [text for text, _ in pieces]
+    named = fields.get("unk_token") in texts
+    unknown = texts.index(fields["unk_token"]) if named else fields["unk_id"]
+    if (state["unk_id"], state.get("byte_fallback", False)) != (unknown, False):
+        backend.model = require("tokenizers").models.Unigram(pieces, unknown, False)
 
 
-def surround(backend: Any, its: Class, special: Mapping[str, str], directory: Path) -> None:
+def surround(
+    backend: Any,
+    its: Class,
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+    directory: Path,
+) -> None:
     """Sets what a class puts around a text, where the class decides it and not tokenizer.json.
 
     Raises:
@@ -248,7 +259,14 @@ def surround(backend: Any, its: Class, special: Mapping[str, str], directory: Pa
             texts.append(special.get(token, token) + colon + number)
         return texts
 
-    backend.post_processor = require("tokenizers").processors.TemplateProcessing(
+    processors = require("tokenizers").processors
+    if its.trims:
+        ends = [(special[n], backend.token_to_id(special[n])) for n in ("sep_token", "cls_token")]
+        trims = bool(settings.get("trim_offsets", True))
+        prefix = bool(settings.get("add_prefix_space"))
+        backend.post_processor = processors.RobertaProcessing(*ends, trims, prefix)
+        return
+    backend.post_processor = processors.TemplateProcessing(
         single=written(its.single),
         pair=written(its.pair),
         special_tokens=[(special[n], backend.token_to_id(special[n])) for n in sorted(names)],

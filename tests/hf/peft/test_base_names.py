@@ -73,6 +73,7 @@ SAME = [
     (r"C:\models\gemma-2b-it", "/new/disk/gemma-2b-it"),
     (_cached("google/gemma-2b"), "/m/gemma-2b"),
     ("7b", "/m/7b-chat"),
+    ("meta-llama/Llama-2-7b-hf", "/m/acme-7b-chat"),
     ("...", "???"),
 ]
 

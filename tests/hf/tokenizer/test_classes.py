@@ -35,9 +35,11 @@ CLASSES = {
     "DistilBertTokenizerFast": "wordpiece",
     "XLMRobertaTokenizerFast": "unigram",
     "T5Tokenizer": "unigram",
+    "DebertaV2TokenizerFast": "unigram",
+    "CamembertTokenizer": "unigram",
 }
 ENCODERS = {"sep_token": "</s>", "cls_token": "<s>", "mask_token": "<|b|>"}
-ENCODER_CLASSES = ("Roberta", "Bart", "Bert", "DistilBert", "XLMRoberta")
+ENCODER_CLASSES = ("Roberta", "Bart", "Bert", "DistilBert", "XLMRoberta", "Deberta", "Camembert")
 
 # What is put around a text in tokenizer.json; tokenizer_config.json.
 CASES = {
@@ -47,7 +49,8 @@ CASES = {
     "no prefix": ("<s> $A", {"add_prefix_space": False}),
     "settings": (
         "<s> $A", {"do_lower_case": False, "strip_accents": False, "tokenize_chinese_chars": False,
-                   "legacy": True, "add_bos_token": False, "add_eos_token": True},
+                   "legacy": True, "add_bos_token": False, "add_eos_token": True,
+                   "split_by_punct": True, "unk_id": 5, "extra_ids": 3, "trim_offsets": False},
     ),
 }  # fmt: skip
 
@@ -82,6 +85,7 @@ def assert_same(name, directory):
             "types": pair.get("token_type_ids"),
             "decoded": theirs.backend_tokenizer.decode(theirs.encode(TEXTS[0])),
             "ids": [theirs.bos_token_id, theirs.eos_token_id],
+            "offsets": theirs.backend_tokenizer.encode(TEXTS[1], TEXTS[0]).offsets,
         }
 
     ours = from_directory(directory)
@@ -94,6 +98,8 @@ def assert_same(name, directory):
     assert theirs["types"] in (None, pair.token_type_ids[0].tolist())
     assert ours.decode(ours.encode(TEXTS[0])) == theirs["decoded"]
     assert [ours.bos_id, ours.eos_id] == theirs["ids"]
+    offsets = ours.encoded(TEXTS[1], TEXTS[0]).offsets
+    assert [list(span) for span in offsets] == theirs["offsets"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,6 +123,19 @@ def test_a_special_token_that_the_files_leave_empty(tmp_path, name):
     settings = {**NAMES, "tokenizer_class": name, "bos_token": None, "eos_token": None}
     directory = write(tmp_path, backend_of(CLASSES.get(name, "byte_level")), settings)
     assert_same(f"{name}.empty", directory)
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_as_many_sentinels_as_the_settings_say(tmp_path, count):
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
+    assert_same(f"T5Tokenizer.{count}", write(tmp_path, backend_of("unigram"), settings))
+
+
+@pytest.mark.parametrize("settings", [{"extra_ids": None}, {"unk_id": "3"}, {"extra_ids": -1}])
+def test_a_number_that_is_none(tmp_path, settings):
+    directory = write(tmp_path, backend_of("unigram"), settings)
+    with pytest.raises(ValueError, match="tokenizer_config.json: `.*_id.?` must be a number from"):
+        from_directory(directory)
 
 
 @pytest.mark.parametrize("name", ["GPTNeoXTokenizer", "GemmaTokenizer", "T5Tokenizer"])
@@ -211,6 +230,8 @@ CHOICES = [
     ("ernie4_5", "LlamaTokenizer", "sentencepiece"),
     ("qwen3_5", "PreTrainedTokenizerFast", "byte_level"),
     ("umt5", "T5Tokenizer", "unigram"),
+    ("deberta-v2", None, "unigram"),
+    ("camembert", None, "unigram"),
     ("mamba2", None, "byte_level"),
     ("llava_next", "LlamaTokenizer", "sentencepiece"),
     ("internvl", None, "byte_level"),
@@ -228,7 +249,11 @@ def test_the_class_that_is_taken(tmp_path, model, name, kind):
 @pytest.mark.parametrize(
     ("name", "kind", "text"),
     [
-        ("DebertaV2TokenizerFast", "unigram", "`DebertaV2Tokenizer`: .* its normalizer, pre-token"),
+        (
+            "AlbertTokenizerFast",
+            "unigram",
+            "`AlbertTokenizer`: .* its normalizer, pre-tok",
+        ),
         ("MPNetTokenizer", "wordpiece", "`MPNetTokenizer`: .* here tokenizer.json is followed"),
         ("LlamaTokenizer", "unigram", "`LlamaTokenizer`: .* a model of kind BPE in place of Unig"),
         ("T5Tokenizer", "sentencepiece", "`T5Tokenizer`: .* kind Unigram in place of BPE"),

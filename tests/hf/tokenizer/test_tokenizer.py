@@ -207,7 +207,10 @@ def test_no_tokenizer_is_none(tmp_path):
     assert from_gguf({}, path=tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+SLOW = ("tokenizer.model", "vocab.json", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_a_slow_tokenizer_is_refused(tmp_path, name):
     (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=f"{name}: only tokenizer.json can be read"):
