@@ -33,17 +33,20 @@ def call(fn: Callable, *args: Any) -> Any:
         program.
       args: trees of arrays.
     """
-    leaves = jax.tree.leaves(args)
+    leaves, structure = jax.tree.flatten(args)
     traced = is_staged() or any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced or getattr(jax.config, "jax_disable_jit", False):
         return fn(*args)
-    # Tracing and lowering cost milliseconds; compiling costs the half second.
-    lowered = jax.jit(fn).lower(*args)
+    # Tracing and lowering cost milliseconds; compiling costs the half second. A compiled program
+    # takes its own tree structure alone, and trees may differ in what the text does not hold, such
+    # as a dropout rate: it gets the leaves.
+    flat = jax.jit(lambda *leaves: fn(*structure.unflatten(leaves)), keep_unused=True)
+    lowered = flat.lower(*leaves)
     text = lowered.as_text()
-    # Constants stand in the text, but under `jax_use_simplified_jaxpr_constants` they are hidden
-    # arguments: equal texts may then compute different results.
-    if "jax.const = true" in text:
-        return lowered.compile()(*args)
+    # What the text does not hold: constants under `jax_use_simplified_jaxpr_constants`, which are
+    # hidden arguments then, and Python functions that the program calls.
+    if any(mark in text for mark in ("jax.const = true", "callback", "stablehlo.send")):
+        return lowered.compile()(*leaves)
     digest = hashlib.sha256(text.encode()).digest()
     # The text does not name devices.
     key = (digest, *map(_placement, leaves), getattr(jax.config, "jax_default_device", None))
@@ -55,7 +58,7 @@ def call(fn: Callable, *args: Any) -> Any:
         _programs[key] = program
         while len(_programs) > MOST_PROGRAMS:
             _programs.popitem(last=False)
-    return program(*args)
+    return program(*leaves)
 
 
 def compiled(*static: str) -> Callable[[Callable], Callable]:

@@ -99,6 +99,8 @@ FAULTS = [
         ("(digest, *map(_placement, leaves),", "(digest,"),
         ('getattr(jax.config, "jax_default_device", None))', "None)"),
         ("_programs.popitem(last=False)", "_programs.popitem()"),
+        ("keep_unused=True", "keep_unused=False"),
+        ('"callback", ', ""),
     ),
     *in_file(
         "transform/implicit.py",

@@ -66,6 +66,38 @@ def test_programs_that_differ_in_a_constant_alone(hoisted_constants):
     np.testing.assert_array_equal(plus(2 * ones), np.full((2, 50), 2))
 
 
+def test_programs_that_differ_in_the_weight_they_leave_out():
+    # Of equal shapes, so that the texts are equal where an unused argument is not in them.
+    params = {"first": jnp.full((8, 8), 0.1), "second": jnp.full((8, 8), 0.2)}
+    heads = {name: lambda p, x, name=name: jax.nn.relu(x @ p[name]) for name in params}
+
+    def both(p, x):
+        return [head(p, x) for head in heads.values()]
+
+    plan = lora.plan(lora.LoraConfig(rank=2, target_modules="all-linear"), both, params, X)
+    tree = lora.init(jax.random.key(2), plan, params)
+    for head in heads.values():
+        np.testing.assert_allclose(lora.lorafy(head)(tree, X), head(params, X), rtol=1e-5)
+
+
+def test_programs_that_differ_in_the_python_function_they_call():
+    result = jax.ShapeDtypeStruct((3, 8), "float32")
+    for factor in (np.float32(2), np.float32(3)):
+
+        def fn(p, x, factor=factor):
+            return jax.pure_callback(lambda y: np.asarray(y) * factor, result, scanned(p, x))
+
+        np.testing.assert_allclose(
+            lora.lorafy(fn)(adapted(scanned), X), factor * lora.lorafy(scanned)(adapted(scanned), X)
+        )
+
+
+def test_trees_that_differ_in_their_dropout_alone():
+    fn = lora.lorafy(scanned)
+    first, second = (fn(adapted(scanned, dropout=rate), X) for rate in (0.0, 0.3))
+    np.testing.assert_array_equal(first, second)
+
+
 def test_what_a_function_closes_over_may_change():
     """The function runs in Python on every call, as in JAX without `jit`."""
     setting, calls = {"gain": 1.0}, []
