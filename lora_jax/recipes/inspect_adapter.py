@@ -198,9 +198,7 @@ _HIDDEN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revis
 
 def _read_peft(path: Path) -> Adapter:
     fields = plain_fields(read_object(path / CONFIG_FILE))
-    set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
-    others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
-    shown = {n: fields.get(n) for n in (*FIELDS, *others)}
+    shown = _shown(fields)
     wrong: list[str] = []
     # With a config that cannot be used, the tensors can still be shown.
     try:
@@ -220,6 +218,13 @@ def _read_peft(path: Path) -> Adapter:
         others=rest,
         problems=tuple(wrong),
     )
+
+
+def _shown(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a PEFT config that the report has, by name."""
+    set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
+    others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
+    return {n: fields.get(n) for n in (*FIELDS, *others)}
 
 
 def _read_mlx(path: Path) -> Adapter:
@@ -333,7 +338,8 @@ def _read_gguf(path: Path) -> Adapter:
 
 def _read_orbax(path: Path) -> Adapter:
     stored = adapters.find(path)
-    shown = {"in": str(stored.directory), **{n: stored.config.get(n) for n in FIELDS[1:]}}
+    shown = {"in": str(stored.directory), **_shown(stored.config)}
+    del shown["base_model_name_or_path"]  # not part of a `LoraConfig`
     modules, rest = [], {}
     for name, leaf in adapters.read_leaves(stored).items():
         if not isinstance(leaf, LoraArray):
@@ -342,9 +348,15 @@ def _read_orbax(path: Path) -> Adapter:
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
         a = leaf.a.reshape(*stack, fan_in, leaf.rank)
         b = leaf.b.reshape(*stack, leaf.rank, fan_out)
+        vectors = {
+            end: x.reshape(*stack, -1)
+            for end, x in (("lora_magnitude_vector", leaf.m), ("lora_B.bias", leaf.bias))
+            if x is not None
+        }
         for index, module in _names(name, leaf, stack):
             scale = float(leaf.scale[index])
             modules.append(Module(name=module, a=a[index].T, b=b[index].T, scale=scale))
+            rest |= {f"{module}.{end}": x[index] for end, x in vectors.items()}
     shown["base"] = f"{len(stored.base)} weights"
     return Adapter("Orbax checkpoint", shown, modules, rest)
 

@@ -203,6 +203,18 @@ def test_the_report_of_an_adapter(folder, trained, name):
     assert re.search(r"^  problems +none$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_a_run_and_its_export_have_equal_reports(model, tmp_path, settings):
+    config = config_with(modules_to_save=("lm_head",), **settings)
+    tree = adapted(model, config)
+    checkpoint.save(tmp_path / "orbax", tree, config)
+    save_peft(tmp_path / "peft", tree, config)
+    texts = [inspect(str(tmp_path / kind)).splitlines() for kind in ("peft", "orbax")]
+    words = ("tensors", "parameters", "size", "modules_to_save", *settings)
+    lines, of_run = ([x for x in text if x.split()[0] in words] for text in texts)
+    assert lines == of_run and len(lines) == len(words)
+
+
 def broken(folder, tmp_path, model, **changes):
     """The PEFT directory with some tensors replaced or (None) removed."""
     from lora_jax.hf.peft import directory
