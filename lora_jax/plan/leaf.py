@@ -30,8 +30,9 @@ class Use:
     Attributes:
       primitive: the operation's name.
       line: source line of the model.
-      kind: "contract" (summed over against an activation), "lookup" (rows by index), "picked" (a
-        lookup whose rows are contracted later: the index chooses a layer or an expert),
+      kind: "contract" (summed over against an activation), "lookup" (rows by index), "picked" (by
+        an index that chooses a layer or an expert: a scalar that no argument of the function feeds,
+        or one of a lookup whose rows are contracted later),
         "transform" and "rows" (as "contract" and "lookup", but with a matrix or indices that no
         argument of the function feeds), or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).

@@ -100,7 +100,8 @@ def override(leaf: LeafPlan) -> str:
     if len(large) < 2 and any(u.constant and _is_scatter(u) for u in leaf.uses):
         # A row, a column or a number is put into a constant: its index numbers no layers.
         picked, large = frozenset[int](), [d for d, n in enumerate(leaf.shape) if n > 1]
-    if len(large) < 2 or (leaf.uses and all(map(_joins_features, leaf.uses))):
+    uses = [use for use in leaf.uses if use.kind != "picked"]
+    if len(large) < 2 or (uses and all(map(_joins_features, uses))):
         return ""
     summed = frozenset().union(*(u.contracted for u in leaf.uses if u.kind == "contract"))
     ins = summed & {*large}

@@ -299,7 +299,7 @@ def _follow(
             # The product with a constant matrix is a weight again.
             mapped = track.mapped or use.contracted
             return dataclasses.replace(track, dims=transformed(eqn, k, track.dims), mapped=mapped)
-        if use.kind not in ("lookup", "rows"):
+        if use.kind not in ("lookup", "rows", "picked"):
             return None
         if use.kind == "lookup":
             # The rows are followed further: a contraction of them shows that the index chose a
@@ -396,7 +396,9 @@ def _consumption(
         rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
         # An array that the function closes over is no data where it has arguments: a permutation.
         looked_up = any(f.fed > int(not found.closed) for f in others)
-        kind = "lookup" if looked_up else "rows"
+        # A scalar that no argument decides, such as a loop's counter, picks a layer.
+        counted = eqn.invars[1].aval.ndim == 1
+        kind = "lookup" if looked_up else "picked" if counted else "rows"
         picked = track.picked - rows
         return Use(name, line, kind, contracted=rows, stacked=picked, picked=picked)
     return None

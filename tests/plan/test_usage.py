@@ -149,6 +149,23 @@ def test_one_output_apart_is_no_index_of_layers(fn):
     assert roles_of(fn, jnp.ones((8, 6))) == "io"
 
 
+def test_what_a_counter_takes_is_a_layers_own_and_no_table():
+    def fn(p, x):
+        def body(x, i):
+            kernel, bias = (jnp.take(p[name], i, axis=0) for name in ("kernel", "bias"))
+            heads = jnp.einsum("bi,iho->bho", x, kernel) + bias
+            return x + heads.reshape(x.shape), None
+
+        # As many positions as the example has: one.
+        return lax.scan(body, x + p["positions"][jnp.arange(1)], jnp.arange(3))[0]
+
+    shapes = {"kernel": (3, 8, 2, 4), "bias": (3, 2, 4), "positions": (16, 8)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    plan = lora.plan(lora.LoraConfig(target_modules="all-linear"), fn, params, jnp.ones((2, 8)))
+    roles = {leaf.path: leaf.roles for leaf in plan.leaves}
+    assert roles == {"kernel": "sioo", "bias": "", "positions": "io"}
+
+
 def test_an_index_of_layers_may_keep_its_dim():
     w = jnp.ones((3, 8, 6))
     assert roles_of(lambda w, x: jnp.einsum("bi,lio->blo", x, w[1:2]), w) == "sio"
