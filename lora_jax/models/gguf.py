@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
+from lora_jax.hf.gguf.architectures import (
+    GGUF_ARCHITECTURES,
+    GgufArchitecture,
+    gguf_architecture,
+)
+from lora_jax.hf.gguf.fields import Stated, short
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
 from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.hf.gguf.weights import weights_of
@@ -44,7 +49,7 @@ _UNDERSTOOD = frozenset(
     }
 )  # fmt: skip
 # What `expert_gating_func` has for the families with grouped experts (sigmoid), and for others.
-_GATING = {"glm4moe": 2}
+_GATING = {"glm4_moe": 2}
 
 
 def config_of(
@@ -78,7 +83,7 @@ def config_of(
             "expert_count": "num_local_experts",
             "expert_used_count": "num_experts_per_tok",
         }
-    _check(facts, keys, kind, path)
+    _check(facts, keys, row, path)
     table = f"{row.outer[0]}.weight"
     if table not in shapes:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
@@ -89,13 +94,14 @@ def config_of(
         raise ValueError(f"{path}: RoPE over a part of each head is not supported")
     theta = float(facts.get("rope.freq_base", 10000.0))
     # Llama 3's files hold the divisors of each frequency instead of keys that describe them.
+    own = _otherwise(row, Stated(facts, shapes, divisors), path)
     scaling = _scaling(facts, path)
-    if divisors is not None:
+    if divisors is not None and "rope_parameters" not in own:
         scaling = _llama3(divisors, head_dim, theta, path)
     read = {field: facts[key] for key, field in keys.items() if key in facts}
     if read.get("sliding_window") == 0:  # Phi-4 has none
         del read["sliding_window"]
-    read = {field: _short(x) if isinstance(x, float) else x for field, x in read.items()}
+    read = {field: short(x) if isinstance(x, float) else x for field, x in read.items()}
     if row.rotary is not None:
         read[row.rotary] = rotary / head_dim
     if row.whole_at is not None:
@@ -116,12 +122,15 @@ def config_of(
         **row.fixed,
         **read,
     )
+    raw |= own
     raw["num_hidden_layers"] -= read.get("num_nextn_predict_layers", 0)
     raw = {name: x for field, x in raw.items() if (name := row.renamed.get(field, field))}
     try:
         config = config_from_hf(raw)
-        rotates = isinstance(config, LlamaConfig)
-        return _with_tensors(config, shapes, row.stack, scaling) if rotates else config
+        if not isinstance(config, LlamaConfig):
+            return config
+        scaling = config.rope_scaling if "rope_parameters" in own else scaling
+        return _with_tensors(config, shapes, row.stack, scaling)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -135,6 +144,14 @@ def read_config(path: Path) -> LlamaConfig | GPT2Config:
     file = open_gguf(path)
     shapes, divisors = weights_of(file).shapes, rope_divisors(file)
     return config_of(file.metadata, shapes, path=path, divisors=divisors)
+
+
+def _otherwise(row: GgufArchitecture, stated: Stated, path: Path) -> dict[str, Any]:
+    """The fields that the architecture's own function reads."""
+    try:
+        return row.read(stated) if row.read else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _with_tensors(
@@ -157,7 +174,9 @@ def _with_tensors(
     )
 
 
-def _check(facts: Mapping[str, Any], keys: Mapping[str, str], kind: str, path: Path) -> None:
+def _check(
+    facts: Mapping[str, Any], keys: Mapping[str, str], row: GgufArchitecture, path: Path
+) -> None:
     epsilon = next(key for key in keys if key.endswith("epsilon"))
     if missing := [key for key in (*_SIZES, epsilon) if key not in facts]:
         raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
@@ -168,27 +187,23 @@ def _check(facts: Mapping[str, Any], keys: Mapping[str, str], kind: str, path: P
         if not isinstance(facts.get(key, 1), int | float):
             raise ValueError(f"{path}: `{key}` must be a number, got {facts[key]!r}")
     for key, value in facts.items():
-        if key not in _UNDERSTOOD and key not in keys:
+        if key not in _UNDERSTOOD and key not in keys and key not in row.own:
             raise ValueError(
                 f"{path}: metadata key `{key}` = {str(value)[:60]} is not known and may change "
                 "the model's numbers"
             )
-        if isinstance(value, list):
+        if isinstance(value, list) and key not in row.own:
             raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
-    if facts["attention.head_count"] < 1 or facts.get("attention.head_count_kv", 1) < 1:
+    if any(np.min(facts.get(f"attention.head_count{end}", 1)) < 1 for end in ("", "_kv")):
         raise ValueError(f"{path}: `attention.head_count` and `_kv` must be above 0")
-    if facts.get("expert_count", 0) and "expert_count" not in keys:
+    if facts.get("expert_count", 0) and "expert_count" not in (*keys, *row.own):
         raise ValueError(f"{path}: a mixture of {facts['expert_count']} experts is not supported")
-    gating, wanted = facts.get("expert_gating_func"), _GATING.get(kind, 1)
+    gating = facts.get("expert_gating_func")
+    wanted = _GATING.get(row.model_type, 1)
     if gating not in (None, wanted):
         raise ValueError(f"{path}: `expert_gating_func` is {gating}, only {wanted} is supported")
     if facts.get("attention.value_length") not in (None, facts.get("attention.key_length")):
         raise ValueError(f"{path}: keys and values of different sizes are not supported")
-
-
-def _short(value: float) -> float:
-    """The shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:

@@ -7,7 +7,7 @@ of Llama's relatives reorder the rows of q and k for that; the others rotate hal
 Source: gguf's `tensor_mapping.py`; llama.cpp's `convert_hf_to_gguf.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lora_jax.compat import require
+from lora_jax.hf.gguf.fields import Stated, gemma4
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -25,6 +26,7 @@ _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 _FOUR = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_AROUND = ("pre_feedforward_layernorm_2", *(f"post_feedforward_layernorm_{n}" for n in (1, 2)))
 # All experts of a block are one tensor there; Hugging Face numbers them behind `experts`.
 _EXPERTS = ("mlp.gate", *(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")))
 _MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{n}" for n in (1, 2, 3)))
@@ -37,6 +39,7 @@ class GgufArchitecture(NamedTuple):
       model_type: Hugging Face's name of the family.
       linears: a block's modules that may carry an adapter.
       others: its other modules.
+      odd: llama.cpp's names of tensors that are no weight or bias of a module -> ours.
       experts: the module with a block's experts, as PEFT names it, or None.
       stack: the list of blocks.
       outer: the modules around the blocks: embedding, head, and what carries no adapter.
@@ -44,6 +47,8 @@ class GgufArchitecture(NamedTuple):
       by_head: query, key and value of each head lie side by side in Hugging Face's fused
         projection, and one kind after the other in the file.
       keys: key of the metadata, without its prefix -> the field of config.json.
+      own: keys that are no numbers, or that only `read` reads.
+      read: what reads fields that are stated otherwise than in config.json, or None.
       fixed: fields of config.json that every model of the architecture has.
       rotary: the field with the share of a head that is rotated, or None.
       added: what the file has added to the scales of norms.
@@ -56,12 +61,15 @@ class GgufArchitecture(NamedTuple):
     model_type: str
     linears: tuple[str, ...] = _DENSE
     others: tuple[str, ...] = _NORMS
+    odd: Mapping[str, str] = {}
     experts: str | None = None
     stack: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens", "lm_head", "model.norm")
     permuted: bool = False
     by_head: bool = False
     keys: Mapping[str, str] = {}
+    own: tuple[str, ...] = ()
+    read: Callable[[Stated], dict[str, Any]] | None = None
     fixed: Mapping[str, Any] = {}
     rotary: str | None = None
     added: float = 0.0
@@ -121,7 +129,8 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "glm4moe": GgufArchitecture(
         "glm4_moe",
         (*_DENSE, *(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))),
-        (*_NORMS, *_EXPERTS, *_QK_NORMS, "mlp.gate.e_score_correction"),
+        (*_NORMS, *_EXPERTS, *_QK_NORMS),
+        {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
         experts="mlp.experts",
         keys={
             **_MOE, "expert_count": "n_routed_experts", "expert_shared_count": "n_shared_experts",
@@ -189,6 +198,25 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
               "attention.sliding_window_pattern": "sliding_window_pattern"},
         added=1.0,
         whole_at=62,
+    ),
+    "gemma4": GgufArchitecture(
+        "gemma4_text",
+        (*_DENSE, "per_layer_input_gate", "per_layer_projection", "router.proj"),
+        (*_FOUR, *_QK_NORMS, *_AROUND, "post_per_layer_input_norm", "experts.gate_up_proj",
+         "experts.down_proj"),
+        {"layer_output_scale.weight": "layer_scalar", "ffn_gate_inp.scale": "router.scale",
+         "ffn_down_exps.scale": "router.per_expert_scale"},
+        experts="experts",
+        outer=("model.embed_tokens", "lm_head", "model.norm", "model.embed_tokens_per_layer",
+               "model.per_layer_model_projection", "model.per_layer_projection_norm"),
+        keys={**_RMS, "attention.sliding_window": "sliding_window",
+              "final_logit_softcapping": "final_logit_softcapping",
+              "embedding_length_per_layer_input": "hidden_size_per_layer_input"},
+        own=("attention.sliding_window_pattern", "attention.shared_kv_layers",
+             "attention.key_length_swa", "attention.value_length_swa", "rope.freq_base_swa",
+             "rope.dimension_count_swa", "attention.head_count_kv", "feed_forward_length",
+             "expert_count", "expert_used_count", "expert_feed_forward_length"),
+        read=gemma4,
     ),
     "phi3": GgufArchitecture(
         "phi3",

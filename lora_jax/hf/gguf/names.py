@@ -109,6 +109,8 @@ def _from_gguf(path: Path) -> Base:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
     heads = facts.get("attention.head_count", 0)
     layers, kv_heads = facts.get("block_count", 0), facts.get("attention.head_count_kv", heads)
+    if "attention.head_count_kv" in GGUF_ARCHITECTURES[kind].own and isinstance(kv_heads, list):
+        kv_heads = max(kv_heads, default=0)
     if any(type(size) is not int or size < 1 for size in (layers, heads, kv_heads)):
         raise ValueError(
             f"{path}: its metadata must state blocks and heads as whole numbers, got "

@@ -95,12 +95,13 @@ def places_of(file: Gguf) -> dict[str, Place]:
         if name == "rope_freqs.weight" or block is not None and block >= beyond:
             continue
         module = ours.get(part)
+        start = "" if block is None else f"{row.stack}.{block}."
+        if odd := row.odd.get(f"{part}.{ending}"):
+            found[f"{start}{odd}"] = Place(name, odd)
+            continue
         if module is None or ending not in ("weight", "bias"):
             where = f"no place in a decoder of the architecture `{kind}`"
             raise ValueError(f"{file.path}: tensor `{name}` has {where}")
-        start = "" if block is None else f"{row.stack}.{block}."
-        if module.endswith("e_score_correction"):
-            module, ending = module.removesuffix(".e_score_correction"), "e_score_correction_bias"
         first, experts, last = module.partition(".experts.")
         if experts and len(tensor.shape) == 3:
             for n in range(tensor.shape[0]):

@@ -3,7 +3,7 @@
 How byte-level BPE splits text before merging is not in the file: `tokenizer.ggml.pre` has
 llama.cpp's name for it. An unknown name is an error, because another split gives other tokens.
 SentencePiece (Llama 2, Mistral, Gemma) splits nothing; the piece of the highest score is merged
-first.
+first, and of Gemma 4 the file has the merges.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,11 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -62,6 +67,7 @@ SPLITS: Mapping[str, Split] = {
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), Split(regex=_LLAMA3)),
     **dict.fromkeys(("qwen2", "stablelm2"), Split(regex=QWEN2, normalize=True)),
     "deepseek-r1-qwen": Split(regex=QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4"), Split(regex=_O200K, whole_words=True)),
     "tekken": Split(regex=_TEKKEN, whole_words=True, bos=True),
 }
 
@@ -78,12 +84,18 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
     """
     kind = metadata["tokenizer.ggml.model"]
     if kind == "llama":
-        return _sentence_pieces(metadata, path)
+        tokens = _texts(metadata, "tokens", path)
+        return _sentence_pieces(metadata, tokens, _scored(metadata, tokens, path), path)
+    if kind == "gemma4":
+        # llama.cpp puts BOS before a text of this kind, whatever a file states.
+        metadata = {"tokenizer.ggml.add_space_prefix": False, **metadata,
+                    "tokenizer.ggml.add_bos_token": True}  # fmt: skip
+        return _sentence_pieces(metadata, *_tables(metadata, path), path)
     if kind != "gpt2":
         raise ValueError(
             f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
-            "(byte-level BPE) and `llama` (SentencePiece); load the model from its Hugging Face "
-            "directory"
+            "(byte-level BPE), `llama` (SentencePiece) and `gemma4`; load the model from its "
+            "Hugging Face directory"
         )
     name = str(metadata.get("tokenizer.ggml.pre"))
     # No default: a wrong split gives valid tokens that the model never saw.
@@ -121,19 +133,29 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path) -> Any:
     return tokenizer
 
 
-def _sentence_pieces(metadata: Mapping[str, Any], path: Path) -> Any:
-    """Source: llama.cpp's `llm_tokenizer_spm`, and transformers' `generate_merges`."""
-    library = require("tokenizers")
-    tokens = _texts(metadata, "tokens", path)
+def _scored(
+    metadata: Mapping[str, Any], tokens: Sequence[str], path: Path
+) -> list[tuple[str, str]]:
+    """The merges of tokens that have scores.
+
+    Source: llama.cpp's `llm_tokenizer_spm`, and transformers' `generate_merges`.
+    """
     found = metadata.get("tokenizer.ggml.scores")
     scores = [x for x in found if isinstance(x, int | float)] if isinstance(found, list) else []
     if len(scores) != len(tokens):
         raise ValueError(f"{path}: the tokenizer does not give every token its score")
+    return _merges_of(tokens, scores)
+
+
+def _sentence_pieces(
+    metadata: Mapping[str, Any], tokens: list[str], merges: list[tuple[str, str]], path: Path
+) -> Any:
+    library = require("tokenizers")
     unknown = special_token(metadata, tokens, "unknown_token_id")
     tokenizer = library.Tokenizer(
         library.models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=_merges_of(tokens, scores),
+            merges=merges,
             unk_token=tokens[0] if unknown is None else unknown,
             fuse_unk=True,
             byte_fallback=True,

@@ -1,5 +1,7 @@
 """GGUF bases of many families, written under the gguf package's names as the converter does."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +74,25 @@ CASES = {
         GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=4, num_hidden_layers=7,
         rope_theta=500.0,
     ),
+    # Values that are keys, keys shared by blocks, and wide MLPs after those.
+    "gemma4_text": dict(
+        GROUPED, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, num_hidden_layers=4,
+        attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4,
+        hidden_size_per_layer_input=32, vocab_size_per_layer_input=64, final_logit_softcapping=3.0,
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="proportional", partial_rotary_factor=0.5, rope_theta=500.0
+            ),
+            "sliding_attention": dict(rope_type="default", rope_theta=300.0),
+        },
+    ),
     "phi": dict(SIZES, num_key_value_heads=4, partial_rotary_factor=0.5),
     "gpt2": dict(
         vocab_size=64, n_embd=32, n_inner=96, n_layer=2, n_head=4, n_positions=64, eos_token_id=2
     ),
 }  # fmt: skip
-QUICK = ("mixtral", "glm4_moe", "gpt_neox", "gpt2")
+QUICK = ("mixtral", "glm4_moe", "gpt_neox", "gpt2", "gemma4_text")
 EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 # llama.cpp's key of each size -> config.json's field.
 STATED = {
@@ -86,6 +101,23 @@ STATED = {
     "attention.value_length": "head_dim",
     "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta", "block_count": "num_hidden_layers",
+}  # fmt: skip
+# What the converter writes otherwise than config.json has it.
+OWN = {
+    "gemma4_text": {
+        "feed_forward_length": [64, 64, 128, 128], "attention.head_count_kv": [2, 1, 2, 1],
+        "attention.key_length": 16, "attention.value_length": 16, "attention.key_length_swa": 8,
+        "attention.value_length_swa": 8, "rope.dimension_count": 16, "rope.dimension_count_swa": 8,
+        "rope.freq_base": 500.0, "rope.freq_base_swa": 300.0, "attention.shared_kv_layers": 2,
+        "attention.sliding_window_pattern": [True, False, True, False],
+    },
+}  # fmt: skip
+# The divisors of the frequencies that rotate, and of the others.
+DIVISORS = {"gemma4_text": [1.0] * 4 + [1e30] * 4}
+# Tensors that are no weight of a module there.
+ODD = {
+    "layer_scalar": "layer_output_scale.weight", "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
 }  # fmt: skip
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 
@@ -103,6 +135,10 @@ def as_converter(tensors, config, arch):
             number, _, rest = after.partition(".")
             experts.setdefault(f"{before}.experts.{rest}", {})[int(number)] = x
             continue
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        if block and (odd := ODD.get(name[block.end() :])):
+            out[f"blk.{block[1]}.{odd}"] = x
+            continue
         part = name.split(".")[-2]
         if arch in ("llama", "granite", "arcee", "smollm3") and part in heads:
             x = x.reshape(heads[part], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
@@ -110,7 +146,7 @@ def as_converter(tensors, config, arch):
             x = x.T
         if part == "query_key_value":
             x = x.reshape(4, 3, 8, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             x = x + 1
         out[table.get_name(name, try_suffixes=(".weight", ".bias"))] = x
     for name, each in experts.items():
@@ -132,10 +168,14 @@ def write(path, family, kind=GGMLQuantizationType.F32):
     stated = {**STATED, **{key: field for key, field in row.keys.items()}}
     if family == "mixtral":
         stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    if family in DIVISORS:
+        tensors["rope_freqs.weight"] = np.array(DIVISORS[family], np.float32)
     with writing(path, arch) as writer:
-        for key, field in stated.items():
-            value = {**CASES[family], **raw}.get(row.renamed.get(field, field))
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        each = {key: {**CASES[family], **raw}.get(row.renamed.get(field, field))
+                for key, field in stated.items()} | OWN.get(family, {})  # fmt: skip
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+               list: writer.add_array}  # fmt: skip
+        for key, value in each.items():
             if value is not None:
                 add[type(value)](f"{arch}.{key}", value)
         if row.rotary:
@@ -157,7 +197,7 @@ def test_a_base_is_the_model_it_was_made_of(family, tmp_path):
     model, params = write(tmp_path / "m.gguf", family)
     loaded = models.load(tmp_path / "m.gguf")
     # float32: of Gemma's norms the file has 1 + scale.
-    off = 2**-23 if family.startswith("gemma") else 0
+    off = 2**-23 if family in ("gemma", "gemma2", "gemma3_text") else 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=off), loaded.params, params
     )

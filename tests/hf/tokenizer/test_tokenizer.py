@@ -305,6 +305,7 @@ SPLIT = {
         "camelCase|'s|_|123|4|\r\n|_|_--|_//\n|_"
     ),
     "qwen2 stablelm2 deepseek-r1-qwen": "camelCase|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
+    "gpt-4o llama4": "camel|Case's|_|123|4|\r\n|_|_--|_//\n|_",
     "tekken": "camel|Case|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
 }
 
@@ -406,6 +407,25 @@ def test_sentence_pieces_of_a_gguf_are_transformers(pieces, tmp_path):
 
     want = oracle("hf/tokenizer/pieces", theirs)
     assert [ours.encode(text, add_special_tokens=False) for text in SENTENCES] == want
+
+
+def test_pieces_of_gemma4_are_joined_by_the_merges_of_the_file(pieces, tmp_path):
+    flags = {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
+    scored = from_gguf({**pieces, **flags}, path=tmp_path)
+    merges = json.loads(scored.backend.to_str())["model"]["merges"]
+    merged = {
+        **pieces, "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.scores": None,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+    }  # fmt: skip
+    ours = from_gguf(merged, path=tmp_path)
+    for text in SENTENCES:
+        assert ours.encode(text) == [1, *scored.encode(text)]
+        assert ours.decode(ours.encode(text)) == scored.decode(scored.encode(text))
+    # As llama.cpp, whatever the file states.
+    assert from_gguf({**merged, **flags}, path=tmp_path).encode("the")[0] == 1
+    del merged["tokenizer.ggml.merges"]
+    with pytest.raises(ValueError, match="lacks its merges"):
+        from_gguf(merged, path=tmp_path)
 
 
 def test_sentence_pieces_come_back_as_text(pieces, tmp_path):

@@ -1,0 +1,126 @@
+"""Fields of config.json that a GGUF file states otherwise: block by block, or by its tensors.
+
+Source: llama.cpp's `conversion/gemma.py`, and `src/models/gemma4.cpp`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_KINDS = ("full_attention", "sliding_attention")
+# What llama.cpp divides the frequencies by that do not rotate.
+_STILL = 1e30
+
+
+class Stated(NamedTuple):
+    """What a file states of a model.
+
+    Attributes:
+      facts: the architecture's keys without its prefix.
+      shapes: of the tensors under Hugging Face's names.
+      divisors: the tensor `rope_freqs`, if there.
+    """
+
+    facts: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    divisors: np.ndarray | None
+
+
+def gemma4(stated: Stated) -> dict[str, Any]:
+    """Gemma 4's fields: blocks of two kinds, whose heads differ.
+
+    Raises:
+      ValueError: a key missing, or blocks of one kind that differ.
+    """
+    facts, blocks = stated.facts, stated.facts["block_count"]
+    slides = _each(facts, "attention.sliding_window_pattern", blocks)
+    if slides[-1]:
+        raise ValueError("the last block has a window, which is not supported")
+    size = _whole(facts, "attention.key_length_swa")
+    if facts.get("rope.dimension_count_swa", size) != size:
+        raise ValueError("RoPE over a part of each head of blocks with a window is not supported")
+    shared = facts.get("attention.shared_kv_layers", 0)
+    first = blocks - shared
+    heads = _each(facts, "attention.head_count_kv", blocks)
+    inner = _each(facts, "feed_forward_length", blocks)
+    wide = shared > 0 and inner[-1] == 2 * inner[0]
+    if inner != [inner[0]] * first + [inner[0] * (1 + wide)] * shared:
+        raise ValueError(f"`feed_forward_length` {inner} is not supported")
+    own = {n for n, window in zip(heads, slides, strict=True) if window}
+    if len(own) > 1:
+        raise ValueError(f"`attention.head_count_kv` {heads} is not supported")
+    full = [i for i, window in enumerate(slides) if not window]
+    table = stated.shapes.get("model.embed_tokens_per_layer.weight")
+    found = {
+        "intermediate_size": inner[0],
+        "use_double_wide_mlp": wide,
+        "num_key_value_heads": own.pop() if own else heads[0],
+        "head_dim": size,
+        "per_layer_config": {
+            i: {"head_dim": facts["attention.key_length"], "num_key_value_heads": heads[i]}
+            for i in full
+        },
+        "layer_types": [_KINDS[window] for window in slides],
+        "num_kv_shared_layers": shared,
+        # Values are the keys where the file has none.
+        "attention_k_eq_v": not _has(stated, full[0], "self_attn.v_proj"),
+        "vocab_size_per_layer_input": (table or stated.shapes["model.embed_tokens.weight"])[0],
+        "rope_parameters": {
+            _KINDS[0]: {
+                "rope_type": "proportional",
+                "rope_theta": _base(facts, "rope.freq_base"),
+                "partial_rotary_factor": _rotated(stated.divisors),
+            },
+            _KINDS[1]: {
+                "rope_type": "default",
+                "rope_theta": _base(facts, "rope.freq_base_swa"),
+            },
+        },
+    }
+    if facts.get("expert_count"):
+        found |= {"enable_moe_block": True, "num_experts": facts["expert_count"],
+                  "top_k_experts": facts.get("expert_used_count"),
+                  "moe_intermediate_size": facts.get("expert_feed_forward_length")}  # fmt: skip
+    return found
+
+
+def short(value: float) -> float:
+    """The shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _base(facts: Mapping[str, Any], key: str) -> float:
+    """A rotary base."""
+    if not isinstance(found := facts.get(key, 1e4), int | float):
+        raise ValueError(f"`{key}` must be a number, got {found!r}")
+    return short(found)
+
+
+def _has(stated: Stated, block: int, module: str) -> bool:
+    return f"model.layers.{block}.{module}.weight" in stated.shapes
+
+
+def _whole(facts: Mapping[str, Any], key: str) -> int:
+    if type(found := facts.get(key)) is not int or found < 1:
+        raise ValueError(f"`{key}` must be a whole number above 0, got {found!r}")
+    return found
+
+
+def _each(facts: Mapping[str, Any], key: str, blocks: int) -> list[int]:
+    """A whole number for each block, where the file may state one for all."""
+    found = facts.get(key)
+    each = found if isinstance(found, list) else [found] * blocks
+    if len(each) != blocks or not all(isinstance(n, int) for n in each):
+        raise ValueError(f"`{key}` must have a whole number for each of {blocks} blocks: {found!r}")
+    return each
+
+
+def _rotated(divisors: np.ndarray | None) -> float:
+    """The share of a head that rotates: other frequencies are divided by a huge number."""
+    if divisors is None:
+        raise ValueError("the tensor `rope_freqs.weight` is missing")
+    turning = int((divisors == 1).sum())
+    if not (divisors == np.where(np.arange(len(divisors)) < turning, 1, np.float32(_STILL))).all():
+        raise ValueError("the tensor `rope_freqs.weight` is not Gemma 4's, not supported")
+    return turning / len(divisors)
