@@ -10,7 +10,7 @@ Merging rounds a weight once more. What that does is measured on the numbers as 
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 from lora_jax import processes
 from lora_jax.array import is_lora
 from lora_jax.files import check_new, replacing
-from lora_jax.hf.checkpoint.names import tensors_of, unified
+from lora_jax.hf.checkpoint.names import as_held, tensors_of, unified
 from lora_jax.hf.checkpoint.packed import fitted, method_of
 from lora_jax.hf.checkpoint.safetensors import (
     PICKLES,
@@ -33,7 +33,7 @@ from lora_jax.hf.checkpoint.safetensors import (
 from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.rewrite import rewrite
-from lora_jax.hf.gguf.weights import weights_of
+from lora_jax.hf.gguf.weights import places_of, weights_of
 from lora_jax.models.registry import names_of
 from lora_jax.models.saving import (
     MAX_SHARD_SIZE,
@@ -166,9 +166,14 @@ def _formats_in(source: Path | None) -> set[str]:
     return {blocks.format for blocks in (weights.formats or {}).values()}
 
 
-def _weights(model: Any, lora_params: Any, *, numbers: bool = True) -> Iterator[_Weight]:
-    """Every tensor of the model with its merged numbers, or with zeros."""
-    family, modules = names_of(model.config), modules_of(lora_params)
+def _weights(
+    model: Any, lora_params: Any, there: Iterable[str] = (), *, numbers: bool = True
+) -> Iterator[_Weight]:
+    """Every tensor of the model with its merged numbers, or with zeros.
+
+    `there` are the names of the base's files, in which experts may lie otherwise.
+    """
+    family, modules = as_held(names_of(model.config), there), modules_of(lora_params)
     blocks = blocks_of(modules, family)
     entries = [x for block in blocks for x in entries_of(block, modules, family, _FLOAT32)]
     check_entries(entries, model, family)
@@ -219,7 +224,7 @@ def _into_gguf(path: Path, model: Any, lora_params: Any) -> Requantized:
     with replacing(path) as new:
         shutil.copyfile(model.checkpoint, new)
         file = open_gguf(new)
-        for weight in _weights(model, lora_params):
+        for weight in _weights(model, lora_params, places_of(file)):
             if weight.changed:
                 got = rewrite(file, weight.name, weight.numbers)
                 errors.add(weight.name, weight.numbers, got)
@@ -236,7 +241,7 @@ def _into_copy(path: Path, model: Any, lora_params: Any) -> Requantized:
         for file in model.checkpoint.iterdir():
             if file.is_file() and file.suffix not in (*PICKLES, ".gguf"):
                 shutil.copyfile(file, new / file.name)
-        for weight in _weights(model, lora_params):
+        for weight in _weights(model, lora_params, there):
             if not weight.changed:
                 continue
             name = there.get(weight.name)

@@ -215,15 +215,16 @@ def _check_gguf(source: str | Path, step: int | None) -> None:
     open_gguf(source, kind="adapter")
 
 
-def _read_gguf(source: str | Path, base: Any) -> Content:
-    return Content(*hf.read_gguf_lora(source, base=base))
+def _read_gguf(source: str | Path, base: Any, params: Any = None) -> Content:
+    return Content(*hf.read_gguf_lora(source, base=base, params=params))
 
 
 def _load_gguf(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
-    return _attach(_read_gguf(source, hf.base_of(model.config)), model, source, plan_of)
+    content = _read_gguf(source, hf.base_of(model.config), model.params)
+    return _attach(content, model, source, plan_of)
 
 
 def _save_gguf(

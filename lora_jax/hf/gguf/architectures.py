@@ -41,6 +41,8 @@ class GgufArchitecture(NamedTuple):
       others: its other modules.
       odd: llama.cpp's names of tensors that are no weight or bias of a module -> ours.
       experts: the module with a block's experts, as PEFT names it, or None.
+      fused: gate and up of all experts are one tensor.
+      multiplier: the leaf with a number for each expert that multiplies its result, or None.
       stack: the list of blocks.
       outer: the modules around the blocks: embedding, head, and what carries no adapter.
       permuted: the rows of q and k are reordered in the file.
@@ -63,6 +65,8 @@ class GgufArchitecture(NamedTuple):
     others: tuple[str, ...] = _NORMS
     odd: Mapping[str, str] = {}
     experts: str | None = None
+    fused: bool = False
+    multiplier: str | None = None
     stack: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens", "lm_head", "model.norm")
     permuted: bool = False
@@ -207,6 +211,8 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         {"layer_output_scale.weight": "layer_scalar", "ffn_gate_inp.scale": "router.scale",
          "ffn_down_exps.scale": "router.per_expert_scale"},
         experts="experts",
+        fused=True,
+        multiplier="router.per_expert_scale",
         outer=("model.embed_tokens", "lm_head", "model.norm", "model.embed_tokens_per_layer",
                "model.per_layer_model_projection", "model.per_layer_projection_norm"),
         keys={**_RMS, "attention.sliding_window": "sliding_window",

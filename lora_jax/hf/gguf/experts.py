@@ -3,21 +3,32 @@
     PEFT       gate_up_proj   A (E·r, in)   B (2·out, r·E)   expert slowest in A, fastest in B
     llama.cpp  ffn_gate_exps  lora_a (E, r, in)   lora_b (E, out, r)   and the same of ffn_up_exps
 
-Gate and up, which are one array in Hugging Face's models, share the A there.
+Gate and up, which are one array in Hugging Face's models, share the A there, unless they are one
+tensor there too. Gemma 4's experts have a number each that multiplies what comes out. llama.cpp
+multiplies before it adds an adapter, so that the file's B has the number in it.
 
 Source: llama.cpp's `build_lora_mm_id`; `lora_jax.hf.peft.tensors` has PEFT's layout.
 """
 
+import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.array import leaves_by_path
+from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
+from lora_jax.hf.gguf.architectures import GgufArchitecture
 from lora_jax.hf.peft.experts import by_expert
+from lora_jax.hf.peft.tensors import SWAPPED
 
-# A module of experts -> llama.cpp's name.
-EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 GATE_UP = "gate_up_proj"
+# A module of experts -> llama.cpp's name.
+EXPERTS = {
+    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", GATE_UP: "ffn_gate_up_exps",
+    "down_proj": "ffn_down_exps",
+}  # fmt: skip
 # In the order in which PEFT nests their adapters, the inner one first -> our modules.
 _PARAMETERS = {GATE_UP: ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -38,7 +49,18 @@ class FactorPair(NamedTuple):
     embedding: bool = False
 
 
-def apart(parameter: str, pair: FactorPair, rank: int) -> dict[str, FactorPair]:
+def expert_names(row: GgufArchitecture, block: int) -> dict[str, str]:
+    """llama.cpp's names of the modules of a block's experts."""
+    if row.experts is None:
+        return {}
+    start = f"{row.stack}.{block}.{row.experts}"
+    apart = (GATE_UP,) if row.fused else _PARAMETERS[GATE_UP]
+    return {f"{start}.{m}": f"blk.{block}.{EXPERTS[m]}" for m in (*apart, "down_proj")}
+
+
+def apart(
+    parameter: str, pair: FactorPair, rank: int, row: GgufArchitecture
+) -> dict[str, FactorPair]:
     """The pairs of each module of experts, from PEFT's of their parameter.
 
     Raises:
@@ -48,9 +70,9 @@ def apart(parameter: str, pair: FactorPair, rank: int) -> dict[str, FactorPair]:
         raise ValueError(
             f"`{parameter}`: lora_A {pair.a.shape} is not whole experts of rank {rank}"
         )
-    a, b = by_expert(pair.a, pair.b, rank)
+    a, b = by_expert(pair.a, pair.b, rank, swapped=row.model_type in SWAPPED)
     module, _, last = parameter.rpartition(".")
-    names = _PARAMETERS[last]
+    names = (last,) if row.fused else _PARAMETERS[last]
     parts = zip(names, np.split(b, len(names), axis=1), strict=True)
     return {f"{module}.{name}": pair._replace(a=a, b=part) for name, part in parts}
 
@@ -60,7 +82,7 @@ def together(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
     out = {}
     for name, pair in pairs.items():
         module, _, last = name.rpartition(".")
-        if pair.a.ndim == 2 or last == "down_proj":
+        if pair.a.ndim == 2 or last in ("down_proj", GATE_UP):
             out[name] = pair
             continue
         gate, up = (pairs.get(f"{module}.{n}") for n in _PARAMETERS[GATE_UP])
@@ -80,3 +102,50 @@ def _side_by_side(gate: FactorPair, up: FactorPair) -> FactorPair:
     b[:, :middle, :rank] = gate.b
     b[:, middle:, rank:] = up.b * np.float32(up.alpha / up.b.shape[2] / scale)
     return FactorPair(a, b, scale * a.shape[1])
+
+
+def multipliers(params: Any, row: GgufArchitecture) -> dict[str, np.ndarray]:
+    """What the base multiplies an expert's result by, `(e,)`, by the module of a block's `down`."""
+    if row.multiplier is None:
+        return {}
+    found = {}
+    for path, leaf in leaves_by_path(params).items():
+        if not path.endswith(f".{row.multiplier}"):
+            continue
+        depth = stack_depth(path)
+        for index in product(*map(range, leaf.shape[:depth])):
+            block = re.search(r"\.layers\.(\d+)\.", tensor_of(path, index).name)
+            assert block is not None
+            down = f"{row.stack}.{block[1]}.{row.experts}.down_proj"
+            found[down] = np.asarray(leaf[index], np.float32)
+    return found
+
+
+def multiplied(
+    pairs: Mapping[str, FactorPair],
+    row: GgufArchitecture,
+    by: Mapping[str, np.ndarray] | None,
+    *,
+    inverse: bool = False,
+) -> dict[str, FactorPair]:
+    """The pairs with the base's `multipliers` in their B, or with these taken out.
+
+    Raises:
+      ValueError: the base has such numbers, and `by` is None.
+    """
+    out = dict(pairs)
+    for name, pair in pairs.items():
+        if row.multiplier is None or not name.endswith(f".{row.experts}.down_proj"):
+            continue
+        if by is None:
+            raise ValueError(
+                f"an adapter of `{name}` is multiplied by numbers of the base's "
+                f"`{row.multiplier}` for llama.cpp, so that the base's weights are needed: "
+                "convert the adapter with the model (`lora-jax export`, or `hf.save_gguf_lora` "
+                "and `hf.load_gguf_lora`)"
+            )
+        numbers = by[name][:, None, None]
+        # An expert that is multiplied by zero is nothing, whatever its adapter.
+        inverted = np.divide(1, numbers, out=np.zeros_like(numbers), where=numbers != 0)
+        out[name] = pair._replace(b=pair.b * (inverted if inverse else numbers))
+    return out

@@ -110,7 +110,7 @@ def _whole(facts: Mapping[str, Any], key: str) -> int:
 def _each(facts: Mapping[str, Any], key: str, blocks: int) -> list[int]:
     """A whole number for each block, where the file may state one for all."""
     found = facts.get(key)
-    each = found if isinstance(found, list) else [found] * blocks
+    each: list[Any] = found if isinstance(found, list) else [found] * blocks
     if len(each) != blocks or not all(isinstance(n, int) for n in each):
         raise ValueError(f"`{key}` must have a whole number for each of {blocks} blocks: {found!r}")
     return each

@@ -12,7 +12,14 @@ import numpy as np
 from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
-from lora_jax.hf.gguf.experts import EXPERTS, GATE_UP, FactorPair, together
+from lora_jax.hf.gguf.experts import (
+    EXPERTS,
+    GATE_UP,
+    FactorPair,
+    multiplied,
+    multipliers,
+    together,
+)
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR
 from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
@@ -20,19 +27,21 @@ from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.experts import in_one
 from lora_jax.hf.peft.index import BASE, PREFIX
+from lora_jax.hf.peft.tensors import SWAPPED
 from lora_jax.plan.decide import plan
 
 _OURS = (".lora_a", ".lora_b")
 
 
 def read_gguf_lora(
-    path: str | os.PathLike, *, base: Base
+    path: str | os.PathLike, *, base: Base, params: Any = None
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads a GGUF LoRA file without a model.
 
     Args:
       path: the file.
       base: the model it is for, because the file does not hold its number of heads.
+      params: the base parameters, which an adapter of Gemma 4's experts needs.
 
     Returns:
       A config that gives the file's scales, and PEFT's tensors by their names, in float32.
@@ -55,9 +64,11 @@ def read_gguf_lora(
         pairs[modules[theirs]] = _pair(
             a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
         )
-    pairs = together(pairs)
+    row = GGUF_ARCHITECTURES[base.architecture]
+    by = None if params is None else multipliers(params, row)
+    pairs = multiplied(together(pairs), row, by, inverse=True)
     config = _config(pairs, base)
-    return config, _as_peft(pairs)
+    return config, _as_peft(pairs, swapped=row.model_type in SWAPPED)
 
 
 def load_gguf_lora(
@@ -80,7 +91,7 @@ def load_gguf_lora(
       FileNotFoundError, ValueError: as `read_gguf_lora`; also when the adapter is of another
         model: one message names all that is missing, left over or misshapen.
     """
-    config, tensors = read_gguf_lora(path, base=base)
+    config, tensors = read_gguf_lora(path, base=base, params=params)
     return attach(
         config,
         tensors,
@@ -171,13 +182,13 @@ def _pair(
     return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, embedding)
 
 
-def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
+def _as_peft(pairs: Mapping[str, FactorPair], *, swapped: bool) -> dict[str, np.ndarray]:
     out = {}
     for module, pair in pairs.items():
         if pair.a.ndim == 3:
             inside, _, last = module.rpartition(".")
             inner = BASE * (last == GATE_UP and f"{inside}.down_proj" in pairs)
-            out |= in_one(f"{PREFIX}{inside}{inner}", pair.a, pair.b)
+            out |= in_one(f"{PREFIX}{inside}{inner}", pair.a, pair.b, swapped=swapped)
             continue
         in_a, in_b = EMBEDDING if pair.embedding else LINEAR
         out[f"{PREFIX}{module}{in_a}"], out[f"{PREFIX}{module}{in_b}"] = pair.a, pair.b

@@ -30,13 +30,14 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
-from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart
+from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, multiplied, multipliers
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.experts import fused
 from lora_jax.hf.peft.index import BASE, PREFIX, parameter_of, with_fused_experts
 from lora_jax.hf.peft.prefixes import respelled
 from lora_jax.hf.peft.save import to_peft
+from lora_jax.hf.peft.tensors import SWAPPED
 from lora_jax.paths import nearest
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -84,14 +85,22 @@ def save_gguf_lora(
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
     check_argument("hf.save_gguf_lora(path, lora_params, config, base=base)", "base", base, Base)
-    kind = GGUF_ARCHITECTURES[base.architecture].model_type
-    tensors = to_peft(lora_params, config, model_type=kind)[1]
-    content = to_gguf(tensors, with_fused_experts(leaves_by_path(lora_params), config), base)
+    row = GGUF_ARCHITECTURES[base.architecture]
+    tensors = to_peft(lora_params, config, model_type=row.model_type)[1]
+    config = with_fused_experts(leaves_by_path(lora_params), config)
+    content = to_gguf(tensors, config, base, multipliers(lora_params, row))
     processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))
 
 
-def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> Content:
+def to_gguf(
+    tensors: Mapping[str, np.ndarray],
+    config: LoraConfig,
+    base: Base,
+    by: Mapping[str, np.ndarray] | None = None,
+) -> Content:
     """The content of a GGUF LoRA file from that of a PEFT directory.
+
+    `by` are the base's `multipliers`, None without its weights.
 
     Raises:
       ValueError: llama.cpp could not apply the adapter.
@@ -101,9 +110,11 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
     names = gguf_names(base.architecture, base.layers)
     # llama.cpp names a decoder alike wherever it is.
     config, tensors = respelled(config, tensors, names)
-    if experts := GGUF_ARCHITECTURES[base.architecture].experts:
-        config, tensors = fused(config, tensors, [f"{experts}.{GATE_UP}"], "the adapter")
-    pairs = _pairs(tensors, config, base)
+    row = GGUF_ARCHITECTURES[base.architecture]
+    if row.experts:
+        paths, swapped = [f".{row.experts}.{GATE_UP}"], row.model_type in SWAPPED
+        config, tensors = fused(config, tensors, paths, "the adapter", swapped=swapped)
+    pairs = multiplied(_pairs(tensors, config, base), row, by)
     alpha = _common_alpha(pairs)
     for module in pairs:
         if module not in names:
@@ -152,7 +163,8 @@ def _pairs(
             rank = matching.rank_of(config, name) if parameter else a.shape[0]
             scale = matching.scale_of(config, rank, matching.alpha_of(config, name))
             pair = FactorPair(a, b, scale * rank, embedding)
-            pairs |= apart(parameter, pair, rank) if parameter else {module: pair}
+            row = GGUF_ARCHITECTURES[base.architecture]
+            pairs |= apart(parameter, pair, rank, row) if parameter else {module: pair}
     _check_rest(tensors, pairs, base)
     return pairs
 

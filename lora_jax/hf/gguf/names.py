@@ -18,7 +18,7 @@ from lora_jax.hf.gguf.architectures import (
     row_order,
     their_names,
 )
-from lora_jax.hf.gguf.experts import EXPERTS
+from lora_jax.hf.gguf.experts import expert_names
 from lora_jax.hf.gguf.file import open_gguf
 
 # Hugging Face's model_type -> llama.cpp's architecture.
@@ -139,9 +139,8 @@ def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     for module in row.linears:
         theirs = table[module]
         names |= {f"{row.stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(layers)}
-    for module, theirs in EXPERTS.items() if row.experts else ():
-        start = f"{row.experts}.{module}"
-        names |= {f"{row.stack}.{i}.{start}": f"blk.{i}.{theirs}" for i in range(layers)}
+    for block in range(layers):
+        names |= expert_names(row, block)
     return names
 
 

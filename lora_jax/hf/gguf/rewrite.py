@@ -3,6 +3,7 @@
 Types, shapes and places stay, so that metadata and all other tensors are those of the file.
 """
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -40,12 +41,15 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
     numbers = numbers.T if place.turned else numbers
     there = (numbers if order is None else numbers[order]) + added
     tensor, part = file.tensors[place.tensor], ()
+    skipped = 0  # rows
     if place.expert is not None:  # all experts are one tensor
-        part = (slice(place.expert, place.expert + 1), *(slice(0, n) for n in numbers.shape))
+        rows = place.rows or slice(0, tensor.shape[1])
+        part = (slice(place.expert, place.expert + 1), rows, slice(0, numbers.shape[1]))
+        skipped = place.expert * tensor.shape[1] + rows.start
     raw = _encoded(file, place.tensor, there)
-    size = tensor.size if place.expert is None else tensor.size // tensor.shape[0]
+    width = tensor.size // math.prod(tensor.shape[:-1])
     with Path(file.path).open("r+b") as out:
-        out.seek(tensor.start + (place.expert or 0) * size)
+        out.seek(tensor.start + skipped * width)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
     back = read_tensor(file, place.tensor, part) - added
     back = back if place.expert is None else back[0]

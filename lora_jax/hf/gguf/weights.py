@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +21,20 @@ from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
 
 
 class Place(NamedTuple):
-    """Where a weight lies: its tensor, Hugging Face's module, the number of an expert in it.
+    """Where a weight lies.
 
-    `turned` weights are (in, out) there, where the file has (out, in).
+    Attributes:
+      tensor: the file's.
+      module: Hugging Face's.
+      expert: the number of an expert in the tensor, or None.
+      rows: those of an expert that are the weight, or None for all.
+      turned: it is (in, out) under Hugging Face's name, where the file has (out, in).
     """
 
     tensor: str
     module: str
     expert: int | None = None
+    rows: slice | None = None
     turned: bool = False
 
 
@@ -42,7 +49,7 @@ def weights_of(file: Gguf) -> Weights:
     theirs = places_of(file)
     kinds = require("gguf").GGMLQuantizationType
     types = {name: kinds(file.tensors[t.tensor].kind).name for name, t in theirs.items()}
-    inside = {n: file.tensors[t.tensor].shape[t.expert is not None :] for n, t in theirs.items()}
+    inside = {name: _inside(file, place) for name, place in theirs.items()}
     shapes = {n: shape[::-1] if theirs[n].turned else shape for n, shape in inside.items()}
 
     def there(name: str, part: Part) -> tuple[Any, ...]:
@@ -54,8 +61,10 @@ def weights_of(file: Gguf) -> Weights:
             found = np.argsort(order)[rows], *rest
         if place.expert is None:
             return found
-        every = tuple(slice(0, n) for n in inside[name])
-        return slice(place.expert, place.expert + 1), *(found or every)
+        rows, *rest = found or tuple(slice(0, n) for n in inside[name])
+        if place.rows is not None:
+            rows = slice(rows.start + place.rows.start, rows.stop + place.rows.start)
+        return slice(place.expert, place.expert + 1), rows, *rest
 
     def one(name: str, found: np.ndarray) -> np.ndarray:
         return found if theirs[name].expert is None else found[0]
@@ -102,14 +111,31 @@ def places_of(file: Gguf) -> dict[str, Place]:
         if module is None or ending not in ("weight", "bias"):
             where = f"no place in a decoder of the architecture `{kind}`"
             raise ValueError(f"{file.path}: tensor `{name}` has {where}")
-        first, experts, last = module.partition(".experts.")
-        if experts and len(tensor.shape) == 3:
-            for n in range(tensor.shape[0]):
-                found[f"{start}{first}{experts}{n}.{last}.{ending}"] = Place(name, module, n)
+        if (experts := re.fullmatch(r"((?:.+\.)?experts)\.(\w+)", module)) and len(
+            tensor.shape
+        ) == 3:
+            first, last = experts.groups()
+            for n, (each, rows) in product(
+                range(tensor.shape[0]), _parts_of(last, tensor.shape[1])
+            ):
+                found[f"{start}{first}.{n}.{each}.{ending}"] = Place(name, module, n, rows)
         else:
             turned = row.turned and ending == "weight" and module in row.linears
             found[f"{start}{module}.{ending}"] = Place(name, module, turned=turned)
     return found
+
+
+def _inside(file: Gguf, place: Place) -> tuple[int, ...]:
+    """The shape of a weight in the file."""
+    shape = file.tensors[place.tensor].shape[place.expert is not None :]
+    return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
+
+
+def _parts_of(experts: str, rows: int) -> list[tuple[str, slice | None]]:
+    """The linear layers of an expert in one tensor, and the rows of each."""
+    if experts != "gate_up_proj":
+        return [(experts, None)]
+    return [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
 
 
 def _parts(name: str) -> tuple[int | None, str, str]:

@@ -74,12 +74,13 @@ CASES = {
         GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=4, num_hidden_layers=7,
         rope_theta=500.0,
     ),
-    # Values that are keys, keys shared by blocks, and wide MLPs after those.
+    # Values that are keys, keys shared by blocks, wide MLPs after those, and experts.
     "gemma4_text": dict(
         GROUPED, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, num_hidden_layers=4,
         attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
         layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4,
         hidden_size_per_layer_input=32, vocab_size_per_layer_input=64, final_logit_softcapping=3.0,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64,
         rope_parameters={
             "full_attention": dict(
                 rope_type="proportional", partial_rotary_factor=0.5, rope_theta=500.0
@@ -92,8 +93,10 @@ CASES = {
         vocab_size=64, n_embd=32, n_inner=96, n_layer=2, n_head=4, n_positions=64, eos_token_id=2
     ),
 }  # fmt: skip
-QUICK = ("mixtral", "glm4_moe", "gpt_neox", "gpt2", "gemma4_text")
+QUICK = ("mixtral", "glm4_moe", "gpt_neox", "gpt2")
 EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+SLOW = ("qwen3_moe", "gemma4_text")
+EXPERTS = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 # llama.cpp's key of each size -> config.json's field.
 STATED = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
@@ -109,7 +112,8 @@ OWN = {
         "attention.key_length": 16, "attention.value_length": 16, "attention.key_length_swa": 8,
         "attention.value_length_swa": 8, "rope.dimension_count": 16, "rope.dimension_count_swa": 8,
         "rope.freq_base": 500.0, "rope.freq_base_swa": 300.0, "attention.shared_kv_layers": 2,
-        "attention.sliding_window_pattern": [True, False, True, False],
+        "attention.sliding_window_pattern": [True, False, True, False], "expert_count": 4,
+        "expert_used_count": 2, "expert_feed_forward_length": 64,
     },
 }  # fmt: skip
 # The divisors of the frequencies that rotate, and of the others.
@@ -133,6 +137,9 @@ def as_converter(tensors, config, arch):
         if ".experts." in name:
             before, _, after = name.partition(".experts.")
             number, _, rest = after.partition(".")
+            if not rest:  # all of them are one tensor
+                out[f"{table.get_name(name)}.weight"] = x
+                continue
             experts.setdefault(f"{before}.experts.{rest}", {})[int(number)] = x
             continue
         block = re.match(r"model\.layers\.(\d+)\.", name)
@@ -213,7 +220,7 @@ def test_a_base_is_the_model_it_was_made_of(family, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
-@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
     write(tmp_path / "m.gguf", family, GGMLQuantizationType.Q8_0)
     held = models.load(tmp_path / "m.gguf", quantize="file")
@@ -222,7 +229,8 @@ def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
     config = config_with(target_modules=("q_proj",), target_parameters=("experts.down_proj",))
     tree = adapted(held, config)
     result = save_requantized(tmp_path / "out.gguf", held, tree)
-    assert result.weights == 2 + 2 * 4 and 0 < result.error < 0.02
+    blocks = held.config.num_hidden_layers
+    assert result.weights == blocks * (1 + 4) and 0 < result.error < 0.02
     back = models.load(tmp_path / "out.gguf")
     for got, want in zip(
         jax.tree.leaves(back.params), jax.tree.leaves(lora.merge(tree)), strict=True
@@ -231,7 +239,7 @@ def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
         np.testing.assert_allclose(got, want, atol=float(jnp.abs(want).max()) / 250)
 
 
-@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
     """Each expert's matrix in the file is changed by its own B·A, as `ggml_mul_mat_id` does."""
     model, params = write(tmp_path / "m.gguf", family)
@@ -248,11 +256,14 @@ def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
     merged = load_file(tmp_path / "merged/model.safetensors")
     theirs = as_converter(merged, model.config, base.architecture)
     file, adapter = open_gguf(tmp_path / "m.gguf"), open_gguf(tmp_path / "a.gguf", kind="adapter")
-    for name in ("gate", "up", "down"):
+    gate_up = ("gate_up",) if family == "gemma4_text" else ("gate", "up")
+    for name in (*gate_up, "down"):
         weight = f"blk.1.ffn_{name}_exps.weight"
         a, b = (read_tensor(adapter, f"{weight}.lora_{x}") for x in "ab")
         scale = adapter.metadata["adapter.lora.alpha"] / b.shape[2]
-        changed = read_tensor(file, weight) + scale * (b @ a)
+        # What llama.cpp multiplies an expert's result by before it adds the adapter's.
+        by = theirs.get(weight.replace("weight", "scale"), np.ones(4))[:, None, None]
+        changed = read_tensor(file, weight) + scale * (b @ a) / by
         np.testing.assert_allclose(changed, theirs[weight], rtol=1e-5, atol=1e-5)
     assert a.shape[:2] == (4, 2)
 
