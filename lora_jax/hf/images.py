@@ -6,6 +6,7 @@ As transformers' `ViTImageProcessor` does with Pillow, which resizes whole numbe
 What is transparent is white.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,17 @@ FILE = "preprocessor_config.json"
 _NAMES = (
     "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb",
     "return_tensors", "data_format", "input_data_format", "device", "_valid_processor_keys",
-    "disable_grouping", "crop_size", "pad_size", "default_to_square", "image_seq_length",
+    "disable_grouping", "do_center_crop", "pad_size", "default_to_square", "image_seq_length",
 )  # fmt: skip
+# What a class of transformers takes for fields that are missing, where it is not ViT's.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ViT": {},
+    "DeiT": {"size": 256, "resample": 3, "crop_size": 224, "do_center_crop": True},
+}
+_WAY = (
+    "process the images with transformers' AutoImageProcessor, give the arrays, and take the file "
+    "out of the directory"
+)
 # Pillow's modes of more than 8 bits, which `convert` would cut off at 255.
 _DEEP = ("I", "F")
 
@@ -55,6 +65,7 @@ class ImageProcessor:
 
     Attributes:
       size: height and width, in pixels.
+      crop_size: height and width of the middle that is kept; None keeps all.
       resample: number of Pillow's filter; 2 is bilinear, 3 bicubic.
       rescale_factor: of whole numbers.
       image_mean, image_std: of each channel.
@@ -62,6 +73,7 @@ class ImageProcessor:
     """
 
     size: tuple[int, int] = (224, 224)
+    crop_size: tuple[int, int] | None = None
     resample: int = 2
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -71,8 +83,9 @@ class ImageProcessor:
     do_normalize: bool = True
 
     def __post_init__(self) -> None:
-        for length in self.size:
-            check_count("size", length)
+        for name, lengths in (("size", self.size), ("crop_size", self.crop_size or ())):
+            for length in lengths:
+                check_count(name, length)
         if self.resample not in range(6):
             raise ValueError(f"`resample` must be a number from 0 to 5, got {self.resample!r}")
         many = len(self.image_mean), len(self.image_std)
@@ -89,16 +102,25 @@ class ImageProcessor:
         Raises:
           ValueError: a field whose value changes pixels and is not supported.
         """
-        known = {name: raw[name] for name in _FIELDS if raw.get(name) is not None}
-        left = {name: raw[name] for name in raw if name not in (*_FIELDS, *_NAMES)}
-        more = [name for name, value in left.items() if value not in (None, False)]
-        if more:
+        kind = str(raw.get("image_processor_type") or raw.get("feature_extractor_type") or "ViT")
+        kind = re.sub("(ImageProcessor|FeatureExtractor)?(Fast|Pil)?$", "", kind, count=1)
+        if kind not in _DEFAULTS:
             raise ValueError(
-                f"field `{more[0]}` = {raw[more[0]]!r} is not supported: process the images "
-                "with transformers' AutoImageProcessor, and give the arrays"
+                f"`image_processor_type` is of {kind}, which reads images otherwise than ViT's and "
+                f"DeiT's: {_WAY}"
             )
-        if "size" in known:
-            known["size"] = _size(known["size"])
+        raw = {**_DEFAULTS[kind], **{name: x for name, x in raw.items() if x is not None}}
+        known = {name: raw[name] for name in _FIELDS if name in raw}
+        more = [name for name in raw if name not in (*_FIELDS, *_NAMES) and raw[name] is not False]
+        if more:
+            raise ValueError(f"field `{more[0]}` = {raw[more[0]]!r} is not supported: {_WAY}")
+        if not raw.get("do_center_crop"):
+            known.pop("crop_size", None)
+        elif "crop_size" not in known:
+            raise ValueError("`do_center_crop` is true, and `crop_size` is missing")
+        for name in ("size", "crop_size"):
+            if name in known:
+                known[name] = _size(name, known[name])
         for name in ("image_mean", "image_std"):
             if name in known:
                 known[name] = tuple(np.atleast_1d(known[name]).astype(float).tolist())
@@ -107,8 +129,11 @@ class ImageProcessor:
     def to_hf(self) -> dict[str, Any]:
         """The object for preprocessor_config.json; `from_hf` reads it back."""
         fields = {name: getattr(self, name) for name in _FIELDS}
+        for name in ("size", "crop_size"):
+            if fields[name] is not None:
+                fields[name] = dict(zip(("height", "width"), fields[name], strict=True))
         named = {"image_processor_type": "ViTImageProcessor"}
-        return {**named, **fields, "size": dict(zip(("height", "width"), self.size, strict=True))}
+        return {**named, **fields, "do_center_crop": self.crop_size is not None}
 
     def __call__(self, image: Any) -> Pixels:
         """The pixels that a model reads of an image.
@@ -152,6 +177,7 @@ class ImageProcessor:
             raise ValueError(f"{path or 'image'}: not an image that can be read: {error}") from None
         if self.do_resize:
             plain = plain.resize(self.size[::-1], resample=self.resample)
+        plain = plain if self.crop_size is None else _middle(plain, *self.crop_size)
         found = np.asarray(plain)
         return found[None] if found.ndim == 2 else np.ascontiguousarray(np.moveaxis(found, -1, 0))
 
@@ -159,16 +185,19 @@ class ImageProcessor:
 _FIELDS = tuple(ImageProcessor.__dataclass_fields__)
 
 
-def _size(given: Any) -> tuple[int, int]:
+def _middle(image: Any, height: int, width: int) -> Any:
+    """The middle of an image; zeros around one that is smaller."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _size(name: str, given: Any) -> tuple[int, int]:
     """Height and width, of a number or an object with both."""
     if isinstance(given, int):
         return given, given
     if isinstance(given, Mapping) and set(given) == {"height", "width"}:
         return given["height"], given["width"]
-    raise ValueError(
-        f"`size` must be a number, or height and width, got {given!r}: process the images with "
-        "transformers' AutoImageProcessor, and give the arrays"
-    )
+    raise ValueError(f"`{name}` must be a number, or height and width, got {given!r}: {_WAY}")
 
 
 def read_processor(directory: Path) -> ImageProcessor | None:

@@ -176,6 +176,12 @@ FAULTS = [
         ('"deberta-v2": "DebertaV2Tokenizer",', ""),
     ),
     *in_file(
+        "hf/images.py",
+        "tests/train/test_images.py",
+        ("{**_DEFAULTS[kind], **{", "{**{"),
+        ("(image.height - height) // 2", "(image.height - height + 1) // 2"),
+    ),
+    *in_file(
         "hf/peft/base_names.py",
         "tests/hf/peft/test_base_names.py",
         ("and owner not in _FOLDERS", ""),

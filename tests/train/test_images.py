@@ -83,15 +83,20 @@ PROCESSORS = {
                 "image_std": [0.2, 0.3, 0.4]},
     "scaled": {"size": SIZE, "rescale_factor": 0.01, "do_normalize": False},
     "unscaled": {"do_resize": False, "do_rescale": False},
+    "cropped": {"size": {"height": 9, "width": 10}, "do_center_crop": True,
+                "crop_size": {"height": 6, "width": 5}},
+    "small": {"size": 5, "do_center_crop": True, "crop_size": {"height": 8, "width": 4}},
+    "another class": {"image_processor_type": "DeiTImageProcessorFast", "size": 9, "crop_size": 6},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
 def test_pixels_are_transformers(case):
     def theirs():
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+        from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
-        run = ViTImageProcessorPil(**PROCESSORS[case], do_convert_rgb=True)
+        kind = DeiTImageProcessorPil if case == "another class" else ViTImageProcessorPil
+        run = kind(**PROCESSORS[case], do_convert_rgb=True)
         return {mode: run(made(mode))["pixel_values"][0] for mode in ("RGB", "RGBA", "P", "L")}
 
     want = oracle(f"{PLACE}/pixels.{case}", theirs)
@@ -306,7 +311,9 @@ def test_what_is_refused(base, directory, tmp_path, pictures):
 
 
 PROCESSORS_REFUSED = {
-    "cropped": ({"do_center_crop": True}, "field `do_center_crop` = True is not supported"),
+    "padded": ({"do_pad": True}, "field `do_pad` = True is not supported: .* take the file out"),
+    "cropped": ({"do_center_crop": True}, "`do_center_crop` is true, and `crop_size` is missing"),
+    "another class": ({"image_processor_type": "CLIPImageProcessor"}, "is of CLIP, which reads im"),
     "edge": ({"size": {"shortest_edge": 8}}, "`size` must be a number, or height and width"),
     "filter": ({"resample": "bilinear"}, "`resample` must be a number from 0 to 5"),
     "deviation": ({"image_std": [1, 0, 1]}, "no deviation 0"),
