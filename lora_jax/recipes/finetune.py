@@ -138,7 +138,8 @@ def finetune(
         raise SettingsError("`output_dir` is missing: give a folder for the run")
     output = Path(train_config.output_dir)
     join(job, lora_config)
-    check_mesh(job, train_config)
+    if job.device_memory is None:  # which chooses the rows
+        check_mesh(job.mesh, train_config.batch_size)
     if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
     if job.device_memory is not None:

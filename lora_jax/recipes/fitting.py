@@ -49,18 +49,18 @@ def join(job: Devices, *configs: Any) -> None:
             raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
 
 
-def check_mesh(job: Any, config: TrainConfig) -> None:
+def check_mesh(axes: Mapping[str, Any] | None, batch_size: int) -> None:
     """Checks before a model is loaded that its mesh exists and divides the rows of a batch.
 
     Raises:
       ValueError: it does not.
     """
-    if job.mesh is None or job.device_memory is not None:  # which chooses the rows
+    if axes is None:
         return
-    mesh = make_mesh(**job.mesh)
+    mesh = make_mesh(**axes)
     rows = tuple(axis for axis in ROWS if axis in mesh.axis_names)
     spans = TOKENS if mesh.shape.get(TOKENS, 1) > 1 else None
-    check_rows(Placement(mesh, rows, mesh, spans), config.batch_size)
+    check_rows(Placement(mesh, rows, mesh, spans), batch_size)
 
 
 def head_of(job: Any) -> Trained:

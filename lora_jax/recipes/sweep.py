@@ -21,7 +21,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.recipes.finetune import load_model
-from lora_jax.recipes.fitting import join
+from lora_jax.recipes.fitting import check_mesh, join
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
@@ -90,6 +90,7 @@ def sweep_language_model(
     if output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the sweep")
     join(job)
+    check_mesh(job.mesh, train_config.batch_size)
     log = processes.in_first(log)
     train, scored = (
         load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
@@ -98,21 +99,19 @@ def sweep_language_model(
         train, tuning = _held_out(train, job.train_data)
     else:
         tuning = load_jsonl(job.tuning_data, fields=job.fields)
-    model = load_model(job.model, dtype=job.dtype, mesh=job.mesh)
+    made: list[_Data] = []
+
+    def prepare(model: Any) -> None:
+        parts = (train, tuning, scored)
+        made.append(_data(model, parts, train_config, job.metric, job.max_length))
+
+    model = load_model(job.model, dtype=job.dtype, mesh=job.mesh, prepare=prepare)
     if hint := idle_devices(job.mesh):
         log(hint)
-    task = language_task(
-        model,
-        train,
-        tuning=tuning,
-        scored=scored,
-        config=train_config,
-        metric=job.metric,
-        max_length=job.max_length,
-        answers=dataclasses.replace(
-            _GREEDY, max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch
-        ),
+    answers = dataclasses.replace(
+        _GREEDY, max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch
     )
+    task = _task(model, made[0], train_config, job.metric, answers)
     if train_config.steps is None:
         train_config = with_steps(train_config, len(train))
     found = rank_sweep(task, sweep, lora_config, train_config, log=log)
@@ -176,6 +175,27 @@ def language_task(
       ValueError: an unknown metric, accumulation, no records, or, where completions are
         generated, records without a prompt and a completion.
     """
+    data = _data(model, (train, tuning, scored), config, metric, max_length)
+    return _task(model, data, config, metric, answers or _GREEDY)
+
+
+class _Data(NamedTuple):
+    """The examples of a sweep, and what is asked of a model that generates completions."""
+
+    train: list[Example]
+    tuning: list[Example]
+    scored: list[Example]
+    questions: list["_Question"]
+
+
+def _data(
+    model: Any,
+    parts: tuple[Sequence[Record], Sequence[Record], Sequence[Record]],
+    config: TrainConfig,
+    metric: str,
+    max_length: int | None,
+) -> _Data:
+    """Checks and tokenizes the records to train on, to tune on and to score; takes no weights."""
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, got {metric!r}")
     if config.accumulation != 1:
@@ -188,10 +208,15 @@ def language_task(
     check_causal(model)
     # A length of 0 is an error of `examples`, not the model's context.
     length = model.config.context if max_length is None else max_length
-    data, choosing, judged = (
-        examples(part, model.tokenizer, max_length=length, config=model.config)
-        for part in (train, tuning, scored)
+    made = (
+        examples(part, model.tokenizer, max_length=length, config=model.config) for part in parts
     )
+    return _Data(*made, questions=[] if metric == "loss" else _questions(parts[2]))
+
+
+def _task(
+    model: Any, data: _Data, config: TrainConfig, metric: str, answers: GenerateConfig
+) -> Task:
     at = placement(model, model.params)
     check_rows(at, config.batch_size)
     model = dataclasses.replace(model, params=params_on(model.params, at))
@@ -202,31 +227,29 @@ def language_task(
         return jnp.sum(_nll(losses, params, batch)) / jnp.sum(batch.weights)
 
     # Any number of rows gives the same scores.
-    size = -(-(answers or _GREEDY).batch_size // rows.parts) * rows.parts
+    size = -(-answers.batch_size // rows.parts) * rows.parts
     sums = _Sums(losses, at)
 
     def summed(params: Any, data: Sequence[Example]) -> np.ndarray:
         return sums(params, _once(model, data, size, rows=rows))
 
-    hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
-    # Functions, as the generating metrics check the records when they are made.
-    made: dict[str, Any] = {
-        "loss": lambda: {
-            "score": lambda params: summed(params, judged),
+    made: dict[str, dict[str, Any]] = {
+        "loss": {
+            "score": lambda params: summed(params, data.scored),
             "reduce": _per_token,
             "lower_is_better": True,
         },
-        "exact": lambda: {"score": _Exact(model, scored, answers)},
-        "bleu": lambda: {"score": _Bleu(model, scored, answers), "reduce": bleu_of},
+        "exact": {"score": _Exact(model, data.questions, answers)},
+        "bleu": {"score": _Bleu(model, data.questions, answers), "reduce": bleu_of},
     }
     return Task(
         params=model.params,
         loss=loss,
-        batches=lambda seed: _batches(model, data, config, seed, rows=rows),
-        tuning=lambda params: _per_token(summed(params, choosing)),
+        batches=lambda seed: _batches(model, data.train, config, seed, rows=rows),
+        tuning=lambda params: _per_token(summed(params, data.tuning)),
         metric={"loss": "loss", "exact": "exact match", "bleu": "BLEU"}[metric],
-        data=hash_of,
-        **made[metric](),
+        data="-".join(data_hash(part) for part in data[:3]),
+        **made[metric],
     )
 
 
@@ -330,13 +353,10 @@ def _questions(records: Sequence[Record]) -> list[_Question]:
 class _Generated:
     """The completions that a model generates for the scored prompts."""
 
-    def __init__(
-        self, model: Any, records: Sequence[Record], config: GenerateConfig | None
-    ) -> None:
-        questions = _questions(records)
+    def __init__(self, model: Any, questions: Sequence[_Question], config: GenerateConfig) -> None:
         self.references = [question.completions for question in questions]
         self._ask = [question.prompt for question in questions]
-        self._model, self._config = model, config or _GREEDY
+        self._model, self._config = model, config
 
     def answers(self, params: Any) -> list[str]:
         found = generate_texts(self._model, params, self._ask, self._config)

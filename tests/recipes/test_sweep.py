@@ -1,13 +1,16 @@
 """Sweeps of language models: their losses, their BLEU, and `lora-jax sweep` from end to end."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import sacrebleu
 
-from lora_jax import train
+from lora_jax import LoraConfig, train
+from lora_jax.analysis.sweep.config import SweepConfig
 from lora_jax.cli import main
+from lora_jax.models import loading
 from lora_jax.recipes import finetune, sweep
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.settings import GenerateConfig
@@ -115,7 +118,8 @@ def test_the_command_from_end_to_end(directory, tmp_path, capsys):
     ]  # fmt: skip
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "of full fine-tuning" in said and "trained 1 (0.001), 1 (0.01), 2 (0.001)" in said
+    # Two steps of a random model: no 4-gram is right.
+    assert "tells no ranks apart" in said and "trained 1 (0.001), 1 (0.01), 2 (0.001)" in said
     result = json.loads((out / "result.json").read_text())
     assert [row["rank"] for row in result["rows"]] == ["base", 1, 2, "full"]
     assert (out / "sweep.png").stat().st_size > 1000
@@ -124,6 +128,26 @@ def test_the_command_from_end_to_end(directory, tmp_path, capsys):
     assert main([*arguments, "--resume"]) == 0
     assert "trained 1" not in capsys.readouterr().out
     assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_the_data_is_checked_before_weights_are_read(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_fill", lambda *arguments: pytest.fail("weights are read"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a b"}\n' * 20, "utf-8")
+    config = dataclasses.replace(CONFIG, output_dir=tmp_path / "out")
+
+    def run(**fields):
+        job = sweep.LanguageSweepConfig(
+            model=str(directory), train_data=data, eval_data=data, **fields
+        )
+        sweep.sweep_language_model(job, SweepConfig(ranks=(1,)), LoraConfig(), config)
+
+    with pytest.raises(ValueError, match="data.jsonl:1: completions are generated here"):
+        run(metric="exact")
+    with pytest.raises(ValueError, match="data.jsonl:1: .*max_length"):
+        run(max_length=2)
+    with pytest.raises(ValueError, match="mesh"):
+        run(mesh={"data": 3})
 
 
 def test_a_training_file_too_small_to_hold_a_tenth_out(tmp_path):
