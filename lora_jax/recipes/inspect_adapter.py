@@ -130,14 +130,11 @@ def norm(module: Module) -> float:
 def norm_table(found: Adapter) -> list[str]:
     """The changes as a table of text: a row a layer, a column a module."""
     cells: dict[str, dict[str, float]] = {}
-    for module in found.modules:
-        plain, layer = _layer(module.name)
-        column = plain.rpartition(".")[2]
+    places = [_layer(module.name) for module in found.modules]
+    named = _short({plain for plain, _ in places})
+    for module, (plain, layer) in zip(found.modules, places, strict=True):
         row = "-" if layer is None else str(layer)
-        # Two modules of one last name in a layer (GPT-2's c_proj) go by more of it.
-        taken = column in cells.get(row, {})
-        column = ".".join(plain.split(".")[-2:]) if taken else column
-        cells.setdefault(row, {})[column] = norm(module)
+        cells.setdefault(row, {})[named[plain]] = norm(module)
     columns = sorted({c for row in cells.values() for c in row})
     rows = sorted(cells, key=lambda r: (r != "-", int(r) if r.isdigit() else 0))
     widths = [max(len(c), 9) for c in columns]
@@ -147,6 +144,28 @@ def norm_table(found: Adapter) -> list[str]:
         texts = (f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
         lines.append(f"{row:>5}  " + "  ".join(texts).rstrip())
     return lines
+
+
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """Each module's name in as few of its parts as tell it from the others; numbers do not count.
+
+    Those of one last name (GPT-2's `attn.c_proj` and `mlp.c_proj`) go by more of it, those of T5's
+    two stacks by their first part too (`decoder.SelfAttention.k`).
+    """
+    parts = {name: tuple(p for p in name.split(".") if not p.isdigit()) for name in names}
+    texts = [_forms(own) for own in parts.values()]
+    count = Counter(form for forms in texts for form in dict.fromkeys(forms))
+    return {
+        name: ".".join(next(form for form in forms if count[form] == 1 or form == own))
+        for (name, own), forms in zip(parts.items(), texts, strict=True)
+    }
+
+
+def _forms(parts: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Short forms of a name, from its end, in the order in which they are tried."""
+    ends = [parts[-n:] for n in range(1, len(parts))]
+    firsts = [(parts[0], *end) for end in ends[:2]]
+    return [*ends[:2], *firsts, *ends[2:], parts]
 
 
 def _layer(name: str) -> tuple[str, int | None]:
