@@ -32,6 +32,7 @@ from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.registry import IMAGE_ENCODER, architecture_of
 from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import EXPERTS, ROWS, TOKENS
 from lora_jax.quant.array import Backend
@@ -206,6 +207,12 @@ def memory(
     name, config = config_of(model)
     # RoBERTa reserves positions, which its `context` leaves out.
     context = getattr(config, "context", config.max_position_embeddings)
+    images = architecture_of(config.model_type).kind == IMAGE_ENCODER
+    if images and length not in (None, context):
+        raise ValueError(
+            f"`length` {length} is for texts, and an image of this `{config.model_type}` has "
+            f"{context} tokens: leave it out"
+        )
     settings = StepSettings(
         adapter=adapter,
         quantize=quantize,

@@ -21,9 +21,10 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.sharding import AXES, ROWS, TOKENS, check_axes, check_length
+from lora_jax.models.t5_config import T5Config
 from lora_jax.quant.sharding import axes_of
 
-# The sizes of a configuration that the axis `tensor` divides.
+# The sizes of a configuration that the axis `tensor` divides; T5 has no heads of keys of their own.
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
@@ -57,19 +58,21 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     if count == 1:
         return config
 
-    # Only the rules of Llama's decoders divide heads.
-    if not isinstance(config, LlamaConfig):
+    # No other rules divide heads.
+    if not isinstance(config, LlamaConfig | T5Config):
         raise ValueError(
             f"`mesh` axis 'tensor' is not known for model_type `{config.model_type}`, only for "
-            f"Llama's decoders; use data and fsdp"
+            f"T5 and Llama's decoders; use data and fsdp"
         )
-    for name in _DIVIDED:
+    own = {field.name for field in dataclasses.fields(config)}
+    divided = [name for name in _DIVIDED if name in own]
+    for name in divided:
         if getattr(config, name) % count:
             raise ValueError(
                 f"`mesh` axis 'tensor' = {count} does not divide `{name}` = "
                 f"{getattr(config, name)}; take a divisor of both"
             )
-    share = {name: getattr(config, name) // count for name in _DIVIDED}
+    share = {name: getattr(config, name) // count for name in divided}
     # Without it `head_dim` would be derived from the divided heads, and the scale of the scores
     # from that.
     return dataclasses.replace(config, head_dim=config.head_dim, **share)

@@ -17,7 +17,6 @@ from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import (
     CAUSAL_LM,
-    ENCODER,
     ENCODER_DECODER,
     IMAGE_ENCODER,
     architecture_of,
@@ -182,20 +181,15 @@ def abstract_step(
       ValueError: a length above the model's context, targets that match nothing, a rank that is
         too large, or a block size that divides nothing.
     """
-    architecture = architecture_of(config.model_type)
-    if architecture.kind == IMAGE_ENCODER:
-        raise ValueError(
-            f"`{config.model_type}` reads images, and the memory of a step is estimated for models "
-            "of texts: compile your own step, whose `memory_analysis()` tells it"
-        )
+    kind = architecture_of(config.model_type).kind
     context = getattr(config, "context", config.max_position_embeddings)
-    decodes, both = architecture.kind != ENCODER, architecture.kind == ENCODER_DECODER
+    decodes, both = kind in (CAUSAL_LM, ENCODER_DECODER), kind == ENCODER_DECODER
     # Distances between tokens, which T5 has, have no end.
     if settings.length > context and not both:
         raise ValueError(
             f"`length` {settings.length} is more than the model's context of {context} tokens"
         )
-    if settings.packing and architecture.kind != CAUSAL_LM:
+    if settings.packing and kind != CAUSAL_LM:
         raise ValueError(
             f"`packing` is for language models, and `{config.model_type}` is an "
             f"encoder{'-decoder' * both}: leave it out"
@@ -220,12 +214,13 @@ def abstract_step(
     # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
     over = tokens if at is None else at.tokens
-    if both and over is not None:
+    undivided = both or kind == IMAGE_ENCODER
+    if undivided and over is not None:
         raise ValueError(
             f"`mesh` axis '{TOKENS}' divides the tokens of a row, and `{config.model_type}` needs "
             "whole rows: use data and fsdp"
         )
-    forward = forward if both else dataclasses.replace(forward, tokens=over)
+    forward = forward if undivided else dataclasses.replace(forward, tokens=over)
     if decodes:
         forward, rows = _on_mesh(forward, settings, base=base, params=params, at=at)
         loss = lora_loss(forward, rows)
@@ -346,7 +341,14 @@ def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool, bo
         weights=whole(places, dtype="float32"),
         segments=segments,
         reads=whole(batch, settings.length) if both else None,
+        images=_images(config, whole, batch),
     )
+
+
+def _images(config: Any, whole: Callable[..., Any], batch: int) -> Any:
+    if architecture_of(config.model_type).kind != IMAGE_ENCODER:
+        return None
+    return whole(batch, config.num_channels, *config.image_size, dtype="float32")
 
 
 def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
@@ -354,7 +356,8 @@ def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
     apply = lorafy(forward.apply, reverse_only=True)
 
     def loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
-        out = apply(combine(trainable, frozen), batch.tokens, lora_key=key)
+        read = batch.tokens if batch.images is None else batch.images
+        out = apply(combine(trainable, frozen), read, lora_key=key)
         logits = jax.tree.leaves(out)[0]
         logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])
         return cross_entropy(logits, batch.targets, batch.weights)
@@ -403,8 +406,10 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         positions=places,
         targets=places,
         weights=places,
-        segments=None if step.batch.segments is None else rows,
-        reads=None if step.batch.reads is None else rows,
+        **{
+            name: None if getattr(step.batch, name) is None else rows
+            for name in ("segments", "reads", "images")
+        },
     )
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, batch)

@@ -439,6 +439,28 @@ def test_a_gguf_file_has_the_estimate_of_its_configuration(tmp_path):
     assert found.model == "m.gguf" and found.to_dict() == {**wanted.to_dict(), "model": "m.gguf"}
 
 
+def test_tensor_divides_t5_and_images_have_one_length():
+    t5: dict[str, Any] = dict(
+        model_type="t5", vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    one, two = (analysis.memory(t5, length=8, mesh={"tensor": n}) for n in (1, 2))
+    # Scales and the tables of distances, 2 bytes a number, lie on both devices.
+    copied = 2 * (7 * 16 + 2 * 32 * 2)
+    assert two.weights == pytest.approx((one.weights - copied) / 2 + copied, abs=64)
+    assert two.activations < one.activations
+    vit: dict[str, Any] = dict(
+        model_type="vit", architectures=["ViTForImageClassification"], hidden_size=16,
+        num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+        patch_size=4,
+    )  # fmt: skip
+    found = analysis.memory(vit, batch=2, mesh={"data": 2})
+    assert found.settings.length == 5
+    # The image, a target, its weight and place beside the moments of the adapters.
+    assert found.optimizer > 2 * found.adapters + 4 * 3 * 8 * 8
+    with pytest.raises(ValueError, match="`length` 8 is for texts, and an image of this `vit` has"):
+        analysis.memory(vit, length=8)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
