@@ -31,6 +31,8 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 # Models whose experts vLLM takes as PEFT has them (`is_3d_moe_weight`).
 TOGETHER = ("gpt_oss", "qwen3_5_moe")
+# A part of a module's name -> models of it, which neither vLLM nor MLX serves.
+_ELSEWHERE = {"DenseReluDense": "T5", "SelfAttention": "T5", "EncDecAttention": "T5", "vit": "ViT"}
 _INSTEAD = "merge the adapter into the model (lora_jax.merge) and serve the merged model instead"
 
 
@@ -85,7 +87,7 @@ def for_vllm(
         rank_pattern=fields["rank_pattern"],
         alpha_pattern=fields["alpha_pattern"],
     )
-    _check_servable(config, reader)
+    _check_servable(config, tensors, reader)
     pairs = [*_served(_pairs(tensors, config), config, model_type)]
     ranks, scales = {pair.rank for pair in pairs}, {pair.scale for pair in pairs}
     rank = max(ranks)
@@ -181,7 +183,7 @@ def _renamed(module: str, model_type: str | None) -> str:
     return module.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else module
 
 
-def _check_servable(config: LoraConfig, reader: str) -> None:
+def _check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.lora_bias, "biases of its own (lora_bias=True)"),
@@ -193,6 +195,12 @@ def _check_servable(config: LoraConfig, reader: str) -> None:
     ):
         if on:
             raise ValueError(f"{reader} cannot serve an adapter with {what}; {_INSTEAD}")
+    for part, what in _ELSEWHERE.items():
+        if any(f".{part}." in name for name in tensors):
+            raise ValueError(
+                f"{reader} serves no {what}: keep the adapter for PEFT, or merge it into the model "
+                "(lora_jax.merge) for transformers"
+            )
 
 
 def _fields(fields: Mapping[str, Any], modules: list[str], rank: int | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.load import check_task
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.hf.peft.settle import settled
+from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.multi.stack import stack
 from lora_jax.plan.decide import plan
 from lora_jax.tree import init
@@ -309,6 +310,17 @@ def test_vllm_refuses(fields, what, tmp_path):
     with pytest.raises(ValueError, match=f"vLLM cannot serve an adapter with {what}; merge the ad"):
         api.save_peft(tmp_path / "a", tree, config, target="vllm")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("encoder.block.0.layer.0.SelfAttention.q", "T5"), ("vit.layers.0.q", "ViT")]
+)
+def test_vllm_refuses_what_it_does_not_serve(name, what):
+    config = LoraConfig(rank=1, target_modules=("q",))
+    ends = {".lora_A.weight": (1, 2), ".lora_B.weight": (2, 1)}
+    found = {f"base_model.model.{name}{end}": np.ones(s, np.float32) for end, s in ends.items()}
+    with pytest.raises(ValueError, match=f"vLLM serves no {what}: keep the adapter for PEFT"):
+        for_vllm(config.to_peft(), found, config)
 
 
 def test_targets_without_an_adapter_are_said(tree):
