@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.train.buckets import Bucket, ladder_of, plan_epoch, plan_once, widths_of
+from lora_jax.train.buckets import (
+    Bucket,
+    ladder_for,
+    lengths_of,
+    plan_epoch,
+    plan_once,
+    sizes_of,
+    widths_for,
+)
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.packing import pack_epoch, pack_once, rows_by_rank
@@ -144,7 +152,7 @@ def loader(
     lengths = lengths_of(data)
     prepared = Loader(
         examples=data,
-        ladder=ladder_of(buckets, lengths, rows.spans) if packed is None else (packed,),
+        ladder=ladder_for(data, buckets, rows.spans) if packed is None else (packed,),
         places={},
         epochs=epochs,
         batch_size=batch_size,
@@ -155,8 +163,7 @@ def loader(
         by_rank=None if packed is None else rows_by_rank(lengths, packed),
         segmented=segmented or packed is not None,
     )
-    if data[0].read is not None:
-        prepared = prepared._replace(widths=widths_of([_sizes(e) for e in data], prepared.ladder))
+    prepared = prepared._replace(widths=widths_for(data, prepared.ladder))
     if rows.spans > 1:
         # How many of a span's tokens are learned depends on where each example begins.
         whole = {rung: (batch_size // rows.parts * rung,) for rung in prepared.ladder}
@@ -166,20 +173,9 @@ def loader(
     return prepared._replace(places=_places(prepared, batch_size // rows.parts, plans))
 
 
-def lengths_of(data: Sequence[Example]) -> list[int]:
-    """The number of tokens of each example.
-
-    Raises:
-      ValueError: there are none.
-    """
-    if len(data) == 0:
-        raise ValueError("the dataset is empty; give at least one example")
-    return [sum(_sizes(e)) for e in data]
-
-
-def _sizes(example: Example) -> tuple[int, int]:
-    """The lengths of an example's tokens, and of what an encoder reads before."""
-    return len(example.tokens), 0 if example.read is None else len(example.read)
+def grid_of(batch: Batch) -> int:
+    """The number of tokens of a batch with its padding, those of an encoder included."""
+    return batch.tokens.size + (0 if batch.reads is None else batch.reads.size)
 
 
 def _places(loader: Loader, size: int, plans: Sequence[list[Bucket]]) -> dict[int, tuple[int, ...]]:
@@ -250,7 +246,7 @@ class _Batches:
     def __getitem__(self, index: int) -> Item:
         epoch, number = divmod(int(index), self.size)
         bucket = self.epoch(epoch)[number]
-        tokens = sum(sum(_sizes(self.loader.examples[i])) for i in bucket.examples)
+        tokens = sum(sum(sizes_of(self.loader.examples[i])) for i in bucket.examples)
         return Item(make_batch(self.loader, bucket), tokens, epoch)
 
 

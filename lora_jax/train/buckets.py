@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.models.sharding import check_length
+from lora_jax.train.examples import Example
 
 MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, tiles elsewhere
 
@@ -37,6 +38,35 @@ class Bucket(NamedTuple):
     def examples(self) -> np.ndarray:
         """The indices of all its examples."""
         return np.concatenate([np.atleast_1d(row) for row in self.rows])
+
+
+def ladder_for(data: Sequence[Example], buckets: int | Sequence[int], spans: int) -> Sequence[int]:
+    """The ladder of a dataset, see `ladder_of`; images have the one length of their patches."""
+    lengths = lengths_of(data)
+    if data[0].image is not None and isinstance(buckets, int):
+        return (max(lengths),)
+    return ladder_of(buckets, lengths, spans)
+
+
+def widths_for(data: Sequence[Example], ladder: Sequence[int]) -> dict[int, tuple[int, ...]] | None:
+    """Of each rung the padded length of tokens and of `read`; None where examples lack it."""
+    return None if data[0].read is None else widths_of([sizes_of(e) for e in data], ladder)
+
+
+def lengths_of(data: Sequence[Example]) -> list[int]:
+    """The number of tokens of each example.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if len(data) == 0:
+        raise ValueError("the dataset is empty; give at least one example")
+    return [sum(sizes_of(e)) for e in data]
+
+
+def sizes_of(example: Example) -> tuple[int, int]:
+    """The lengths of an example's tokens, and of what an encoder reads before."""
+    return len(example.tokens), 0 if example.read is None else len(example.read)
 
 
 def ladder_of(

@@ -9,7 +9,7 @@ the batches before it, as with buckets.
 grain's packing datasets fill rows as a stream flows by: their batch n depends on those before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -126,7 +126,8 @@ def choose(
     *,
     rows: int,
     width: int,
-    packing: str | bool,
+    packing: str | bool | None,
+    widths: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Choice:
     """Whether to pack a dataset, and a sentence about it.
 
@@ -136,16 +137,18 @@ def choose(
       length: tokens of a packed row.
       rows: rows of a step.
       width: of the model's residual stream.
-      packing: as in `TrainConfig`.
+      packing: as in `TrainConfig`; None where the model takes no packed rows.
+      widths: of each bucket what the texts of a pair are padded to, where a row is one.
     """
     # A row that is too short is an error only where it is to be used.
-    if packing is False:
+    if not packing:
         length = max(length, *lengths)
     by_rank = rows_by_rank(lengths, length)
     # The rows that fill up the last batch are computed too.
     steps = -(-(int(by_rank.max()) + 1) // rows)
     packed = [(length, steps * rows)]
-    buckets = [(b.rung, rows) for b in plan_once(lengths, ladder, rows)]
+    padded = {rung: rung if widths is None else sum(widths[rung]) for rung in ladder}
+    buckets = [(padded[b.rung], rows) for b in plan_once(lengths, ladder, rows)]
     real = sum(map(int, lengths))
     packed_share, bucket_share = (
         1 - real / sum(t * n for t, n in shapes) for shapes in (packed, buckets)
@@ -153,14 +156,14 @@ def choose(
     saves = steps >= LEAST_STEPS and _work(packed, width) <= WORTH * _work(buckets, width)
     if packing is True or (packing == "auto" and saves):
         text = f"packed rows of {length} tokens, {packed_share:.1%} padding"
-        beside = f"{bucket_share:.1%} in buckets"
+        beside = f" ({bucket_share:.1%} in buckets)"
         chosen, steps = length, steps
     else:
         text = f"buckets of {', '.join(map(str, ladder))} tokens, {bucket_share:.1%} padding"
-        beside = f"{packed_share:.1%} in packed rows of {length}"
+        beside = "" if packing is None else f" ({packed_share:.1%} in packed rows of {length})"
         chosen, steps = None, len(buckets)
     plural = "" if steps == 1 else "s"
-    text = f"{text} ({beside}), {steps:,} step{plural} an epoch"
+    text = f"{text}{beside}, {steps:,} step{plural} an epoch"
     return Choice(chosen, steps, text, (packed_share, bucket_share))
 
 

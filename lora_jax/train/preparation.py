@@ -17,8 +17,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.sharding import check_length
 from lora_jax.multi.single import check_single
-from lora_jax.train.batches import Loader, lengths_of, loader
-from lora_jax.train.buckets import ladder_of, row_multiple
+from lora_jax.train.batches import Loader, loader
+from lora_jax.train.buckets import ladder_for, lengths_of, row_multiple, widths_for
 from lora_jax.train.config import TrainConfig, check_total, total_steps
 from lora_jax.train.evaluate import check_causal, check_data, check_model, pad_id_of, whole_rows
 from lora_jax.train.examples import Example, data_hash
@@ -176,7 +176,7 @@ def arrange(
     """
     check_causal(model)
     lengths = lengths_of(data)
-    ladder = ladder_of(config.buckets, lengths, spans)
+    ladder = ladder_for(data, config.buckets, spans)
     able = _takes_packed(model, config)
     choice = choose(
         lengths,
@@ -185,7 +185,8 @@ def arrange(
         rows=config.batch_size * config.accumulation,
         # A model of the user's own may have no config: that of a small one.
         width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
-        packing=config.packing if able else False,
+        packing=config.packing if able else None,
+        widths=widths_for(data, ladder),
     )
     packed, padded = choice.padding
     if able and config.packing is False and padded > _PADDED and 2 * packed < padded:

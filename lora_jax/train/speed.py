@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from lora_jax import processes
-from lora_jax.train.batches import Item
+from lora_jax.train.batches import Item, grid_of
 from lora_jax.train.config import TrainConfig, profiled_steps
 from lora_jax.train.flops import peak_flops
 from lora_jax.train.step import Metrics
@@ -78,7 +78,7 @@ def train_record(
         "grad_norm": grad_norm,
         "learned_tokens": int(learned),
         "tokens": item.tokens,
-        "padding": 1 - item.tokens / item.batch.tokens.size,
+        "padding": 1 - item.tokens / grid_of(item.batch),
         "seconds": seconds,
         "tokens_per_second": speed,
     }

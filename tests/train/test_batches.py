@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
-from lora_jax.train.batches import _places_of, padding_share
+from lora_jax.train.batches import _places_of, grid_of, padding_share
 from lora_jax.train.buckets import plan_epoch, plan_once, rung_of, shuffled
 from lora_jax.train.examples import data_hash
+from lora_jax.train.packing import choose
 
 pytestmark = pytest.mark.once
 
@@ -227,3 +228,16 @@ def test_hash_sees_tokens_mask_and_order():
     changed = [data[0]._replace(learned=~data[0].learned), *data[1:]]
     hashes = {data_hash(d) for d in (data, data[::-1], data[:4], changed)}
     assert len(hashes) == 4 and data_hash(list(data)) == data_hash(data)
+
+
+def test_the_grid_of_a_pair_of_texts_counts_both():
+    data = [
+        Example(np.arange(3, dtype=np.int32), np.arange(3) > 0, "a", read=np.zeros(n, np.int32))
+        for n in (9, 2)
+    ]
+    layout = loader(data, batch_size=2, buckets=1)
+    (batch,) = once(layout)
+    assert grid_of(batch) == 2 * 8 + 2 * 16
+    assert 1 - (3 + 9 + 3 + 2) / grid_of(batch) == pytest.approx(padding_share(layout))
+    said = choose([12, 5], (16,), 16, rows=2, width=8, packing=None, widths=layout.widths)
+    assert said.text == "buckets of 16 tokens, 64.6% padding, 1 step an epoch"
