@@ -11,7 +11,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,19 @@ def generate_sections() -> list[Section]:
     return [Section("", GenerateConfig), Section("devices", Devices)]
 
 
+def _check_head(config: Any, arguments: argparse.Namespace, model_type: str) -> None:
+    """Refuses the settings of a generation for a model whose head says a class or a number."""
+    plain = type(config)(batch_size=config.batch_size)
+    given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)]
+    given += [name for name in ("system", "raw") if getattr(arguments, name) is not None]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"{flags}: for models that generate text, and this `{model_type}` has the head of a "
+            "task: leave out"
+        )
+
+
 def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
     from lora_jax import processes
@@ -118,6 +131,9 @@ def generate(arguments: argparse.Namespace) -> None:
     params = model.params
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
+    answers = goal_of(model.config) is None
+    if not answers:
+        _check_head(config, arguments, model.config.model_type)
     as_question = partial(
         as_trained,
         chat=model.tokenizer is not None and model.tokenizer.has_template,
@@ -132,7 +148,7 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts, labels = _several(prompts)
     # Whoever types prompts, or sends them through a pipe, waits for each answer.
     waits = "-" in arguments.prompts and not _is_file(sys.stdin)
-    if goal_of(model.config) is not None:
+    if not answers:
         size, write = 1 if waits else config.batch_size, processes.in_first(_write)
         classify_prompts(model, params, prompts, batch_size=size, write=write, heads=labels)
         return

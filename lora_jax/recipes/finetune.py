@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,14 +21,23 @@ from lora_jax.methods.loftq import undivided
 from lora_jax.models.classifier import renamed_decoder
 from lora_jax.models.heads import ANSWERS, Problem
 from lora_jax.models.kernels import AttentionName
-from lora_jax.models.registry import IMAGE_ENCODER, inputs_of, kind_of_model
+from lora_jax.models.registry import inputs_of
 from lora_jax.models.remat import Remat
 from lora_jax.models.sharding import TOKENS
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.classify import scores
-from lora_jax.recipes.fitting import check_mesh, fitted, head_of, join, with_head
+from lora_jax.recipes.fitting import (
+    check_mesh,
+    examples_of,
+    fitted,
+    head_of,
+    join,
+    records_of,
+    with_classes,
+    with_head,
+)
 from lora_jax.recipes.forms import NOTHING, Trained, TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
@@ -149,17 +158,18 @@ def finetune(
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
     # The data is read before the model, which takes longer: an error in it is raised first.
-    records = _records(job.train_data, job)
-    held_out = [] if job.eval_data is None else _records(job.eval_data, job)
-    job = _with_classes(job, records, log)
-    head = head_of(job)
+    records = records_of(job.train_data, job.fields)
+    held_out = [] if job.eval_data is None else records_of(job.eval_data, job.fields)
+    job = job if job.adapter else with_classes(job, records, log)
+    head = head_of(job, job.adapter)
+    read = partial(examples_of, max_length=job.max_length, too_long=job.too_long)
     data: list[train.Example] = []
     eval_data: list[train.Example] = []
 
     def prepare(model: Any) -> None:
         check_causal(model)
-        data.extend(_examples(model, records, job))
-        eval_data.extend(_examples(model, held_out, job) if held_out else ())
+        data.extend(read(model, records))
+        eval_data.extend(read(model, held_out) if held_out else ())
         _check_run(model, data, job, lora_config, train_config)
 
     model = load_model(
@@ -281,46 +291,6 @@ def _keeping(
         show(used)
 
     return memory
-
-
-def _records(path: Path, job: FinetuneConfig) -> list[train.Record]:
-    """The rows of a file, or the images of a folder."""
-    if Path(path).is_dir():
-        return train.load_folder(path)
-    return train.load_jsonl(path, fields=job.fields)
-
-
-def _with_classes(
-    job: FinetuneConfig, records: Sequence[train.Record], log: Callable[[str], None]
-) -> FinetuneConfig:
-    """The job; the folders of images are the classes of a fresh head where no others are named."""
-    given = job.labels or job.task or job.problem or job.adapter
-    if given or not Path(job.train_data).is_dir():
-        return job
-    labels = tuple(dict.fromkeys(record.label for record in records))
-    log(f"a fresh head for the folders of {job.train_data}: {', '.join(labels)}")
-    return dataclasses.replace(job, labels=labels)
-
-
-def _examples(
-    model: Any, records: Sequence[train.Record], job: FinetuneConfig
-) -> list[train.Example]:
-    if kind_of_model(model) == IMAGE_ENCODER:
-        if job.max_length is not None or job.too_long != "error":
-            raise SettingsError("`max_length` and `too_long` are for texts: leave them out")
-        return train.image_examples(records, model)
-    context = model.config.context
-    length = context if job.max_length is None else job.max_length
-    if length > model.config.context:
-        warnings.warn(
-            f"`max_length` {length} is above the model's context of {model.config.context} tokens: "
-            "it was not trained on the positions beyond",
-            stacklevel=2,
-        )
-    return train.examples(
-        records, model.tokenizer, max_length=length, too_long=job.too_long,
-        config=model.config,
-    )  # fmt: skip
 
 
 def load_model(

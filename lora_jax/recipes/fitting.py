@@ -1,7 +1,9 @@
 """Settings of a training run that fit the model, its processes, or the memory of a device."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +17,13 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.classifier import check_labels
 from lora_jax.models.heads import ANSWERS, CLASSIFICATION, DECODER_HEADS, NAMED
 from lora_jax.models.mesh import Placement, check_rows, placement
-from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
+from lora_jax.models.registry import (
+    CAUSAL_LM,
+    ENCODER,
+    ENCODER_DECODER,
+    IMAGE_ENCODER,
+    kind_of_model,
+)
 from lora_jax.models.remat import remat_name
 from lora_jax.models.sharding import ROWS, TOKENS, make_mesh
 from lora_jax.quant.array import Backend, is_quant
@@ -24,8 +32,11 @@ from lora_jax.recipes.settings import Devices
 from lora_jax.sharding import AXES
 from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
-from lora_jax.train.examples import Example
+from lora_jax.train.evaluate import whole_rows
+from lora_jax.train.examples import Example, TooLong, examples
 from lora_jax.train.goals import goal_of
+from lora_jax.train.images import image_examples, load_folder
+from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
 from lora_jax.train.preparation import settings_of
@@ -63,7 +74,55 @@ def check_mesh(axes: Mapping[str, Any] | None, batch_size: int) -> None:
     check_rows(Placement(mesh, rows, mesh, spans), batch_size)
 
 
-def head_of(job: Any) -> Trained:
+def records_of(path: Path, fields: Mapping[str, str]) -> list[Record]:
+    """The rows of a file, or the images of a folder."""
+    if not Path(path).is_dir():
+        return load_jsonl(path, fields=fields)
+    if fields:
+        raise SettingsError(
+            f"`fields` are those of a file's rows, and {path} is a folder of images"
+        )
+    return load_folder(path)
+
+
+def with_classes(job: Any, records: Sequence[Record], log: Callable[[str], None]) -> Any:
+    """The job; the folders of images are the classes of a fresh head where no others are named."""
+    if not Path(job.train_data).is_dir():
+        return job
+    if job.problem in ("multi_label_classification", "regression"):
+        raise SettingsError(
+            f'problem="{job.problem}" needs a file whose rows have "image" and '
+            f'"label{"s" * (job.problem != "regression")}": a folder of images has one class each'
+        )
+    if job.labels or job.task or job.problem:
+        return job
+    labels = tuple(dict.fromkeys(str(record.label) for record in records))
+    log(f"a fresh head for the folders of {job.train_data}: {', '.join(labels)}")
+    return dataclasses.replace(job, labels=labels)
+
+
+def examples_of(
+    model: Any, records: Sequence[Record], *, max_length: int | None, too_long: TooLong = "error"
+) -> list[Example]:
+    """The records as the model reads them; settings as in `FinetuneConfig`."""
+    if kind_of_model(model) == IMAGE_ENCODER:
+        if max_length is not None or too_long != "error":
+            raise SettingsError("`max_length` and `too_long` are for texts: leave them out")
+        return image_examples(records, model)
+    context = model.config.context
+    length = context if max_length is None else max_length
+    if length > context:
+        warnings.warn(
+            f"`max_length` {length} is above the model's context of {context} tokens: "
+            "it was not trained on the positions beyond",
+            stacklevel=2,
+        )
+    return examples(
+        records, model.tokenizer, max_length=length, too_long=too_long, config=model.config
+    )
+
+
+def head_of(job: Any, adapter: str | None = None) -> Trained:
     """The fresh head of a fine-tuning: its own, or that of the adapter that it goes on from.
 
     Raises:
@@ -87,10 +146,10 @@ def head_of(job: Any) -> Trained:
             'problem="regression"'
         )
     check_labels(given.labels)
-    known = NOTHING if job.adapter is None else read_trained(job.adapter)._replace(form=None)
+    known = NOTHING if adapter is None else read_trained(adapter)._replace(form=None)
     if known.has_head and given not in (NOTHING, known):
         raise SettingsError(
-            f"`labels` are {quoted(given.labels)}, but the head of the adapter {job.adapter} has "
+            f"`labels` are {quoted(given.labels)}, but the head of the adapter {adapter} has "
             f"{quoted(known.labels)}, in this order, for {known.task or CLASSIFICATION}: leave "
             "them out, `task` and `problem` too"
         )
@@ -152,10 +211,10 @@ def fitted(
         batch=config.batch_size,
         accumulation=config.accumulation,
         length=max(found.ladder),
-        packing=found.segmented,
+        packing=found.segmented and not whole_rows(model),
         dtype=forward.dtype,
         remat=forward.remat,
-        offload=forward.offload,
+        offload=kind_of_model(model) in (CAUSAL_LM, ENCODER_DECODER) and forward.offload,
         clip=config.clip is not None,
         mesh={axis: mesh[axis] for axis in AXES if axis in mesh},
         backend=_KERNELS.get(jax.default_backend(), "reference"),

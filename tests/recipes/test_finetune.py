@@ -5,16 +5,25 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_jax import models
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
 from lora_jax.recipes.finetune import FinetuneConfig
-from lora_jax.recipes.fitting import head_of
+from lora_jax.recipes.fitting import (
+    examples_of,
+    fitted,
+    head_of,
+    records_of,
+    with_classes,
+    with_head,
+)
 from lora_jax.recipes.forms import FORM_FILE, Trained, carry_form, form_of, read_form, write_form
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
@@ -195,10 +204,10 @@ def test_classes_are_those_of_the_adapter(job, tmp_path, given, kept, want):
     adapter = None if kept is None else str(tmp_path)
     job = dataclasses.replace(job, labels=tuple(given), adapter=adapter)
     if isinstance(want, tuple):
-        assert head_of(job).labels == want
+        assert head_of(job, job.adapter).labels == want
     else:
         with pytest.raises(ValueError, match=want):
-            head_of(job)
+            head_of(job, job.adapter)
 
 
 def test_loftq_names_the_settings_for_smaller_blocks(job, tmp_path):
@@ -268,3 +277,32 @@ def test_the_summary_has_the_speed_of_the_steps():
 def test_a_loss_that_rose_is_in_the_summary(last, rose):
     text = summary([record(1, 2.5), record(3, last)], 1, Path("run"))
     assert ("the loss rose: train again with a lower learning rate" in text) is rose
+
+
+def test_an_encoder_with_a_head_fits_a_memory():
+    """Encoders offload nothing and take no packed rows, and the estimate asks for neither."""
+    config = models.BertConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, labels=("a", "b"),
+        task="sequence-classification",
+    )  # fmt: skip
+    fresh = models.init(jax.random.key(0), config)
+    model = dataclasses.replace(fresh, tokenizer=tiny.tiny_tokenizer())
+    adapter = with_head(model, LoraConfig(rank=2))
+    params = finetune.init_adapter(model, adapter, seed=0)
+    data = examples_of(model, [record_of({"text": "Dinner", "label": "a"})] * 4, max_length=None)
+    said: list[str] = []
+    fitted(
+        model, params, data, device_memory="1GB", lora_config=adapter,
+        config=TrainConfig(batch_size=2, progress=False), log=said.append,
+    )  # fmt: skip
+    assert said[0].startswith("for 1GB: batch_size 2, accumulation 1, remat")
+
+
+def test_a_folder_of_images_takes_no_fields_and_has_one_class_each(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SettingsError, match="`fields` are those of a file's rows, and .* a folder"):
+        records_of(tmp_path, {"image": "picture"})
+    job = FinetuneConfig(model="m", train_data=tmp_path, labels=("a",), problem="regression")
+    with pytest.raises(SettingsError, match='problem="regression" needs a file whose rows have'):
+        with_classes(job, [], print)

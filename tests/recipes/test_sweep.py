@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import sacrebleu
 
-from lora_jax import LoraConfig, train
+from lora_jax import LoraConfig, models, train
 from lora_jax.analysis.sweep.config import SweepConfig
 from lora_jax.cli import main
 from lora_jax.models import loading
@@ -17,7 +19,7 @@ from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
 
-from tests.support.tiny import write_tiny
+from tests.support.tiny import tiny_tokenizer, write_tiny
 
 pytestmark = pytest.mark.once
 
@@ -153,3 +155,47 @@ def test_the_data_is_checked_before_weights_are_read(directory, tmp_path, monkey
 def test_a_training_file_too_small_to_hold_a_tenth_out(tmp_path):
     with pytest.raises(ValueError, match="give `tuning_data`"):
         sweep._held_out(RECORDS, tmp_path / "train.jsonl")
+
+
+def _made(config, tokenizer):
+    return dataclasses.replace(models.init(jax.random.key(0), config), tokenizer=tokenizer)
+
+
+def _small(kind):
+    """A model of the kind, its records, and examples whose lengths differ."""
+    tokenizer = tiny_tokenizer()
+    sizes: dict[str, Any] = dict(vocab_size=320, hidden_size=16, intermediate_size=32)
+    heads: dict[str, Any] = dict(num_hidden_layers=1, num_attention_heads=2)
+    if kind == "t5":
+        config: Any = models.T5Config(**sizes, **heads, head_dim=8, num_decoder_layers=1)
+        return _made(config, tokenizer), RECORDS
+    if kind == "bert":
+        config = models.BertConfig(**sizes, **heads, task="sequence-classification",
+                                   labels=("a", "b"), max_position_embeddings=64)  # fmt: skip
+        rows = [{"text": line["prompt"], "label": "ab"[i % 2]} for i, line in enumerate(LINES)]
+        return _made(config, tokenizer), list(map(record_of, rows))
+    sizes = {**sizes, "image_size": (8, 8), "patch_size": (4, 4)}
+    del sizes["vocab_size"]
+    pixels = np.random.default_rng(0).standard_normal((5, 3, 8, 8), np.float32)
+    records = [record_of({"image": x, "label": "a"}) for x in pixels]
+    config = models.ViTConfig(**sizes, **heads, labels=("a", "b"))
+    return models.init(jax.random.key(0), config), records
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "vit"])
+def test_sweeps_read_what_training_reads(kind):
+    """The loss is that of `train.evaluate`: of no padding, of the encoder's text and of images."""
+    model, records = _small(kind)
+    made = sweep.language_task(model, records, records, records, CONFIG)
+    if kind == "vit":
+        data = train.image_examples(records, model)
+    else:
+        data = train.examples(records, model.tokenizer, max_length=64, config=model.config)
+    alone = [train.evaluate(model, model.params, [e], batch_size=1) for e in data]
+    counts = [e.count for e in data]
+    mean = np.average(alone, weights=counts)
+    assert made.tuning is not None
+    assert made.tuning(model.params) == pytest.approx(mean, rel=1e-5)  # float32
+    assert made.reduce(made.score(model.params)) == pytest.approx(mean, rel=1e-5)
+    batch = next(iter(made.batches(0)))
+    assert float(made.loss(model.params, batch)) > 0
