@@ -40,7 +40,9 @@ class Bucket(NamedTuple):
         return np.concatenate([np.atleast_1d(row) for row in self.rows])
 
 
-def ladder_for(data: Sequence[Example], buckets: int | Sequence[int], spans: int) -> Sequence[int]:
+def ladder_for(
+    data: Sequence[Example], buckets: int | Sequence[int], spans: int
+) -> tuple[int, ...]:
     """The ladder of a dataset, see `ladder_of`; images have the one length of their patches."""
     lengths = lengths_of(data)
     if data[0].image is not None and isinstance(buckets, int):
