@@ -72,7 +72,7 @@ FAULTS = [
     *in_file(
         "train/speed.py",
         "tests/train/test_speed.py tests/train/test_metrics.py",
-        ("1 - item.tokens / item.batch.tokens.size", "item.tokens / item.batch.tokens.size"),
+        ("1 - item.tokens / grid_of(item.batch)", "item.tokens / item.batch.tokens.size"),
         ("max(first - 1, start), min(last, total)", "max(first, start), min(last, total)"),
         ("seconds, self._last = now - self._last, now", "seconds = now - self._last"),
     ),
