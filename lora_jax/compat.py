@@ -10,13 +10,14 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jexc
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 Var = jexc.Var
 Literal = jexc.Literal
@@ -281,6 +282,27 @@ def compiler_options() -> dict[str, Any]:
     about 3 % less; a processor without AVX-512 splits them.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
+
+
+@contextlib.contextmanager
+def ordered_collectives(devices: Iterable[jax.Device]) -> Iterator[None]:
+    """Turns JAX's compile cache off where these are several CPU devices.
+
+    In a program that XLA:CPU restores from there, the collectives inside a loop have lost their
+    order to those outside: devices begin different ones and wait until XLA ends the process.
+    """
+    name = "jax_enable_compilation_cache"
+    if sum(d.platform == "cpu" for d in devices) < 2 or not getattr(jax.config, name):
+        yield
+        return
+    # JAX asks once whether there is a cache, and keeps the answer.
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update(name, True)
+        compilation_cache.reset_cache()
 
 
 def default_device() -> jax.Device:

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import processes, sharding
+from lora_jax import compat, processes, sharding
 from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.models.layers import Specs
 from lora_jax.models.sharding import EXPERTS, ROWS, TOKENS
@@ -134,9 +135,14 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def entered(at: Placement | None) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def entered(at: Placement | None) -> Iterator[None]:
     """The mesh as the context's, for what names axes without a mesh."""
-    return contextlib.nullcontext() if at is None else jax.set_mesh(at.mesh)
+    if at is None:
+        yield
+        return
+    with jax.set_mesh(at.mesh), compat.ordered_collectives(at.mesh.devices.flat):
+        yield
 
 
 def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") -> None:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models, train
-from lora_jax.models.mesh import Placement, on_mesh, placement
+from lora_jax.models.mesh import Placement, entered, on_mesh, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train.memory import format_memory, memory
 
@@ -134,6 +134,24 @@ def test_evaluation_gives_the_loss_of_one_device():
     params = lora.sharding.place(model.params, mesh, RULES)
     want = train.evaluate(model, model.params, data(), batch_size=8)
     assert train.evaluate(model, params, data(), batch_size=8) == pytest.approx(want, rel=1e-5)
+
+
+def test_programs_of_several_cpus_are_not_restored_from_the_compile_cache():
+    """XLA restores them without the order of their collectives."""
+    asked = []
+    at = placement(None, jax.device_put(np.ones(8), NamedSharding(models.make_mesh(data=8), P())))
+
+    def compiled(at):
+        asked.clear()
+        with entered(at):
+            jax.jit(lambda x: x + 1).lower(np.ones(8)).compile()
+        return [each for each in asked if each.endswith("compile_requests_use_cache")]
+
+    jax.monitoring.register_event_listener(lambda event, **_: asked.append(event))
+    try:
+        assert compiled(None) and not compiled(at) and compiled(None)
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 def test_the_memory_table_is_that_of_a_device():
