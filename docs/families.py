@@ -33,10 +33,10 @@ def table() -> str:
     from lora_jax.models.registry import ARCHITECTURES
     from lora_jax.models.wrapped import WRAPPERS
 
-    from tests.hf.gguf.test_families import CASES as GGUF
     from tests.models.test_every_decoder import SPREAD
     from tests.models.test_vit import SPREAD as IMAGES
     from tests.support.decoders import FAMILIES
+    from tests.support.gguf_families import CASES as GGUF
     from tests.train.test_encoder_decoders import SPREAD as BOTH
     from tests.train.test_encoders import SPREAD as ENCODERS
 

@@ -16,14 +16,14 @@ from lora_jax.hf.gguf.architectures import (
     GgufArchitecture,
     gguf_architecture,
 )
-from lora_jax.hf.gguf.fields import Stated, short
+from lora_jax.hf.gguf.fields import SIGMOID, Stated, short
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
 from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.registry import config_from_hf
-from lora_jax.models.rope import RopeScaling, static_frequencies
+from lora_jax.models.rope import RopeScaling, scaling_to_hf, static_frequencies
 
 # Keys of the architecture, without its prefix -> the fields of config.json.
 _SIZES = {
@@ -49,7 +49,7 @@ _UNDERSTOOD = frozenset(
     }
 )  # fmt: skip
 # What `expert_gating_func` has for the families with grouped experts (sigmoid), and for others.
-_GATING = {"glm4_moe": 2}
+_GATING = {"glm4_moe": SIGMOID}
 
 
 def config_of(
@@ -90,11 +90,11 @@ def config_of(
     heads, tokens = facts["attention.head_count"], metadata.get("tokenizer.ggml.eos_token_id")
     head_dim = facts.get("attention.key_length", facts["embedding_length"] // heads)
     rotary = facts.get("rope.dimension_count", head_dim)
-    if rotary != head_dim and row.rotary is None:
+    own = _otherwise(row, Stated(facts, shapes, divisors), path)
+    if rotary != head_dim and row.rotary is None and "qk_rope_head_dim" not in own:
         raise ValueError(f"{path}: RoPE over a part of each head is not supported")
     theta = float(facts.get("rope.freq_base", 10000.0))
     # Llama 3's files hold the divisors of each frequency instead of keys that describe them.
-    own = _otherwise(row, Stated(facts, shapes, divisors), path)
     scaling = _scaling(facts, path)
     if divisors is not None and "rope_parameters" not in own:
         scaling = _llama3(divisors, head_dim, theta, path)
@@ -109,7 +109,7 @@ def config_of(
         read["query_pre_attn_scalar"] = facts["embedding_length"] // heads if whole else head_dim
     raw: dict[str, Any] = dict(
         model_type=model_type,
-        **{ours: facts[key] for key, ours in _SIZES.items()},
+        **{ours: facts[key] for key, ours in _SIZES.items() if key in facts},
         vocab_size=shapes[table][0],
         num_key_value_heads=facts.get("attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -119,18 +119,18 @@ def config_of(
         eos_token_id=tokens,
         # No key states it: the tensors show it.
         tie_word_embeddings=f"{row.outer[1]}.weight" not in shapes,
-        **row.fixed,
-        **read,
+        **{**row.fixed, **read},
     )
-    raw |= own
+    if scaling is not None:
+        raw["rope_scaling"] = scaling_to_hf(scaling)
     raw["num_hidden_layers"] -= read.get("num_nextn_predict_layers", 0)
+    raw |= own
     raw = {name: x for field, x in raw.items() if (name := row.renamed.get(field, field))}
     try:
         config = config_from_hf(raw)
         if not isinstance(config, LlamaConfig):
             return config
-        scaling = config.rope_scaling if "rope_parameters" in own else scaling
-        return _with_tensors(config, shapes, row.stack, scaling)
+        return _with_tensors(config, shapes, row.stack)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -154,19 +154,17 @@ def _otherwise(row: GgufArchitecture, stated: Stated, path: Path) -> dict[str, A
         raise ValueError(f"{path}: {error}") from None
 
 
-def _with_tensors(
-    config: LlamaConfig, shapes: Mapping[str, Any], stack: str, scaling: RopeScaling | None
-) -> LlamaConfig:
+def _with_tensors(config: LlamaConfig, shapes: Mapping[str, Any], stack: str) -> LlamaConfig:
     """What no key states, and tensors show: biases and norms of queries and keys."""
     names = config.modules
 
     def has(*modules: str) -> bool:
-        return any(f"{stack}.0.{module}" in shapes for module in modules)
+        blocks = range(config.num_hidden_layers)
+        return any(f"{stack}.{i}.{module}" in shapes for i in blocks for module in modules)
 
     attention = names.attention
     return dataclasses.replace(
         config,
-        rope_scaling=scaling,
         qkv_bias=has(f"{attention}.q_proj.bias", f"{attention}.{names.fused}.bias"),
         qk_norm=has(f"{attention}.q_norm.weight"),
         o_bias=has(f"{attention}.{names.output}.bias"),
@@ -178,7 +176,8 @@ def _check(
     facts: Mapping[str, Any], keys: Mapping[str, str], row: GgufArchitecture, path: Path
 ) -> None:
     epsilon = next(key for key in keys if key.endswith("epsilon"))
-    if missing := [key for key in (*_SIZES, epsilon) if key not in facts]:
+    needed = [key for key in (*_SIZES, epsilon) if key not in row.own]
+    if missing := [key for key in needed if key not in facts]:
         raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
     for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
         if type(facts.get(key, 1)) is not int and not isinstance(facts[key], list):
@@ -200,9 +199,10 @@ def _check(
         raise ValueError(f"{path}: a mixture of {facts['expert_count']} experts is not supported")
     gating = facts.get("expert_gating_func")
     wanted = _GATING.get(row.model_type, 1)
-    if gating not in (None, wanted):
+    if "expert_gating_func" not in row.own and gating not in (None, wanted):
         raise ValueError(f"{path}: `expert_gating_func` is {gating}, only {wanted} is supported")
-    if facts.get("attention.value_length") not in (None, facts.get("attention.key_length")):
+    value = None if "attention.value_length" in row.own else facts.get("attention.value_length")
+    if value not in (None, facts.get("attention.key_length")):
         raise ValueError(f"{path}: keys and values of different sizes are not supported")
 
 
@@ -213,6 +213,9 @@ def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:
     factor = facts.get("rope.scaling.factor")
     if kind == "linear" and factor:
         return RopeScaling(rope_type="linear", factor=float(factor))
+    # DeepSeek's two scales are equal; the converter writes a tenth of one.
+    tenth = facts.get("rope.scaling.yarn_log_multiplier")
+    length = None if tenth is None else short(short(tenth) * 10)
     if kind == "yarn" and factor and "rope.scaling.original_context_length" in facts:
         return RopeScaling(
             rope_type="yarn",
@@ -220,6 +223,8 @@ def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:
             original_max_position_embeddings=facts["rope.scaling.original_context_length"],
             beta_fast=facts.get("rope.scaling.yarn_beta_fast"),
             beta_slow=facts.get("rope.scaling.yarn_beta_slow"),
+            mscale=length,
+            mscale_all_dim=length,
         )
     raise ValueError(f"{path}: RoPE scaling of type `{kind}` is not supported")
 

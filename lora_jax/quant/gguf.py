@@ -131,6 +131,7 @@ def from_gguf(
     *,
     roles: str = "io",
     shape: Sequence[int] | None = None,
+    order: np.ndarray | None = None,
     dtype: DTypeLike = "float32",
     name: str = "w",
 ) -> QuantArray:
@@ -142,6 +143,7 @@ def from_gguf(
       roles: "io" for a kernel `(in, out)`, "oi" for one `(out, in)` such as an embedding table,
         or more letters with `shape`.
       shape: of the weight, where it is not a matrix.
+      order: the input that each number of a row belongs to, if not the one at its place.
       dtype: of the weight.
       name: of the weight, for errors.
 
@@ -174,11 +176,20 @@ def from_gguf(
         _field(raw, held.scale2),
         format=held.format,
         block_size=held.block,
+        order=order,
         roles=roles,
         shape=shape,
         dtype=dtype,
         name=name,
     )
+
+
+def as_q5_k(blocks: UInt8[np.ndarray, "o bytes"]) -> UInt8[np.ndarray, "o wide"]:
+    """Rows of Q4_K's blocks as Q5_K's, with the same numbers: the fifth bit of each code is 0."""
+    raw = blocks.reshape(len(blocks), -1, GGUF_KINDS["Q4_K"].size)
+    # Scales and minima in 16 bytes, then Q5_K's fifth bits, then four bits of each code.
+    wide = np.insert(raw, [16] * 32, 0, axis=-1)
+    return wide.reshape(len(blocks), -1)
 
 
 def to_gguf(q: QuantArray, kind: str) -> UInt8[np.ndarray, "o bytes"]:

@@ -144,9 +144,20 @@ FAULTS = [
         ("int) and parts > 1:", "int) and parts > 2:"),
     ),
     *in_file(
-        "hf/gguf/weights.py",
+        "hf/gguf/places.py",
         "tests/hf/gguf/test_file.py",
         ('file.metadata.get(f"{kind}.attention.head_count_kv", heads)', "heads"),
+    ),
+    *in_file(
+        "hf/gguf/weights.py",
+        "tests/hf/gguf/test_layout.py",
+        ('{first, second} == {"Q4_K", "Q5_K"}', "False"),
+        ("order=order, name=where", "name=where"),
+    ),
+    *in_file(
+        "hf/gguf/halves.py",
+        "tests/hf/gguf/test_layout.py",
+        ("qkv or first, gate or second", "qkv or gate, gate or qkv"),
     ),
     *in_file(
         "hf/gguf/lora_read.py",

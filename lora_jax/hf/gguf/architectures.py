@@ -1,8 +1,7 @@
 """The llama.cpp architectures that are known here: their modules, and how files state their sizes.
 
-llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table. llama.cpp
-pairs the two numbers that RoPE rotates side by side, Hugging Face half a head apart. The converters
-of Llama's relatives reorder the rows of q and k for that; the others rotate halves.
+llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table. What a file
+has in another order is in `layout` beside this file.
 
 Source: gguf's `tensor_mapping.py`; llama.cpp's `convert_hf_to_gguf.py`.
 """
@@ -12,11 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Int
-
 from lora_jax.compat import require
-from lora_jax.hf.gguf.fields import Stated, gemma4
+from lora_jax.hf.gguf.fields import Stated, delta, gemma4, latent
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -55,6 +51,9 @@ class GgufArchitecture(NamedTuple):
       rotary: the field with the share of a head that is rotated, or None.
       added: what the file has added to the scales of norms.
       turned: the linears' weights are (in, out) under Hugging Face's names.
+      in_turns: the value heads of a delta net are in llama.cpp's order, see `layout`.
+      joined: a block's module -> the two modules that a file has for it.
+      unadapted: modules whose adapters llama.cpp reads but does not apply.
       renamed: fields of config.json that have another name there, or None for those it lacks.
       whole_at: the number of blocks of the one model whose queries are divided by the root of the
         width by heads, and not of the size of a head; no key states it.
@@ -78,6 +77,9 @@ class GgufArchitecture(NamedTuple):
     rotary: str | None = None
     added: float = 0.0
     turned: bool = False
+    in_turns: bool = False
+    joined: Mapping[str, tuple[str, str]] = {}
+    unadapted: tuple[str, ...] = ()
     renamed: Mapping[str, str | None] = {}
     whole_at: int | None = None
 
@@ -92,8 +94,36 @@ _GEMMA = {
     **{f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")},
 }
 _SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-# Modules whose rows some architectures reorder.
-_REORDERED = ("q_proj", "k_proj")
+_SHARED = tuple(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))
+_SHARED_KEYS = {
+    **_MOE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"
+}  # fmt: skip
+# Of a gated delta net.
+_DELTA = ("linear_attn.conv1d", "linear_attn.norm")
+_DELTA_ODD = {"ssm_a.": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
+# The last key has a position of a token in each section: of text they are equal.
+_DELTA_KEYS = (
+    "ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size",
+    "attention.recurrent_layers", "full_attention_interval", "nextn_predict_layers",
+    "rope.dimension_sections",
+)  # fmt: skip
+_SPLIT = tuple(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z"))
+_LINEAR = (*_SPLIT, *(f"linear_attn.{name}" for name in ("in_proj_b", "in_proj_a", "out_proj")))
+# Of attention over latent vectors.
+_LATENT = tuple(
+    f"self_attn.{name}" for name in (
+        "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_b_proj", "v_b_proj"
+    )
+)  # fmt: skip
+_BIASED = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+_LATENT_NORMS = ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")
+_SHARED_EXPERTS = tuple(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))
+_GROUPED_KEYS = {
+    **_MOE, "expert_count": "n_routed_experts", "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_weights_scale": "routed_scaling_factor", "expert_weights_norm": "norm_topk_prob",
+    "expert_group_count": "n_group", "expert_group_used_count": "topk_group",
+}  # fmt: skip
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
@@ -108,10 +138,10 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
     "qwen2moe": GgufArchitecture(
         "qwen2_moe",
-        (*_ATTENTION, *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))),
+        (*_ATTENTION, *_SHARED),
         (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
         experts="mlp.experts",
-        keys={**_MOE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        keys=_SHARED_KEYS,
         fixed={**_SPARSE, "norm_topk_prob": False},
     ),
     "qwen3moe": GgufArchitecture(
@@ -132,19 +162,71 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "glm4moe": GgufArchitecture(
         "glm4_moe",
-        (*_DENSE, *(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))),
+        (*_DENSE, *_SHARED_EXPERTS),
         (*_NORMS, *_EXPERTS, *_QK_NORMS),
-        {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
+        _BIASED,
+        experts="mlp.experts",
+        keys={**_GROUPED_KEYS, "nextn_predict_layers": "num_nextn_predict_layers"},
+        rotary="partial_rotary_factor",
+    ),
+    # V2 and V3, which differ in what their routers compute.
+    "deepseek2": GgufArchitecture(
+        "deepseek_v3",
+        (*_LATENT, *_DENSE[3:], *_SHARED_EXPERTS),
+        (*_NORMS, *_EXPERTS, *_LATENT_NORMS),
+        _BIASED,
         experts="mlp.experts",
         keys={
-            **_MOE, "expert_count": "n_routed_experts", "expert_shared_count": "n_shared_experts",
-            "leading_dense_block_count": "first_k_dense_replace",
-            "expert_weights_scale": "routed_scaling_factor",
-            "expert_weights_norm": "norm_topk_prob",
-            "nextn_predict_layers": "num_nextn_predict_layers", "expert_group_count": "n_group",
-            "expert_group_used_count": "topk_group",
+            **_GROUPED_KEYS, "nextn_predict_layers": "num_nextn_predict_layers",
+            "attention.kv_lora_rank": "kv_lora_rank", "attention.q_lora_rank": "q_lora_rank",
         },
+        own=("attention.key_length_mla", "attention.value_length_mla", "attention.value_length",
+             "rope.scaling.yarn_log_multiplier", "expert_gating_func"),
+        read=latent,
+        # What the metadata leave out where it has no effect.
+        fixed={"q_lora_rank": None, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        joined={"self_attn.kv_b_proj": ("self_attn.k_b_proj", "self_attn.v_b_proj")},
+        unadapted=("lm_head", *_LATENT),
+    ),
+    "qwen3next": GgufArchitecture(
+        "qwen3_next",
+        (*_ATTENTION, *_SPLIT, "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba",
+         "linear_attn.out_proj", *_SHARED),
+        (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"),
+        _DELTA_ODD,
+        experts="mlp.experts",
+        keys=_SHARED_KEYS,
+        own=_DELTA_KEYS,
+        read=delta,
+        fixed={**_SPARSE, "norm_topk_prob": True},
         rotary="partial_rotary_factor",
+        added=1.0,
+        joined={"linear_attn.in_proj_qkvz": (_SPLIT[0], _SPLIT[1])},
+    ),
+    "qwen35": GgufArchitecture(
+        "qwen3_5_text",
+        (*_ATTENTION, *_LINEAR, *_MLP),
+        (*_NORMS, *_QK_NORMS, *_DELTA),
+        _DELTA_ODD,
+        keys=_RMS,
+        own=_DELTA_KEYS,
+        read=delta,
+        rotary="partial_rotary_factor",
+        added=1.0,
+        in_turns=True,
+    ),
+    "qwen35moe": GgufArchitecture(
+        "qwen3_5_moe_text",
+        (*_ATTENTION, *_LINEAR, *_SHARED),
+        (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"),
+        _DELTA_ODD,
+        experts="mlp.experts",
+        keys=_SHARED_KEYS,
+        own=(*_DELTA_KEYS, "feed_forward_length"),
+        read=delta,
+        rotary="partial_rotary_factor",
+        added=1.0,
+        in_turns=True,
     ),
     "starcoder2": GgufArchitecture(
         "starcoder2",
@@ -278,25 +360,3 @@ def their_names(architecture: str) -> dict[str, str]:
     inner = (*row.linears, *row.others)
     blocks = {m: table[f"{row.stack}.0.{m}"].removeprefix("blk.0.") for m in inner}
     return {**outer, **blocks}
-
-
-def row_order(
-    architecture: str, module: str, rows: int, *, heads: int, kv_heads: int
-) -> Int[np.ndarray, " rows"] | None:
-    """Which of Hugging Face's rows each row of a file is; None where they are the same.
-
-    Raises:
-      ValueError: the rows are not whole heads.
-    """
-    row, last = GGUF_ARCHITECTURES[architecture], module.rpartition(".")[2]
-    numbers = np.arange(rows)
-    if row.permuted and last in _REORDERED:
-        count = heads if last == "q_proj" else kv_heads
-        if rows % (2 * count):
-            raise ValueError(f"{rows} rows, not whole pairs for each of {count} heads")
-        return numbers.reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
-    if row.by_head and last == "query_key_value":
-        if rows % (3 * heads):
-            raise ValueError(f"{rows} rows, not three for each of {heads} heads")
-        return numbers.reshape(heads, 3, -1).swapaxes(0, 1).reshape(-1)
-    return None

@@ -87,12 +87,12 @@ def together(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
             continue
         gate, up = (pairs.get(f"{module}.{n}") for n in _PARAMETERS[GATE_UP])
         nothing = pair._replace(b=np.zeros_like(pair.b))
-        out[f"{module}.{GATE_UP}"] = _side_by_side(gate or nothing, up or nothing)
+        out[f"{module}.{GATE_UP}"] = side_by_side(gate or nothing, up or nothing)
     return out
 
 
-def _side_by_side(gate: FactorPair, up: FactorPair) -> FactorPair:
-    """One pair: of the same rank where they share the A, else of both ranks."""
+def side_by_side(gate: FactorPair, up: FactorPair) -> FactorPair:
+    """One pair of experts: of the same rank where the two share the A, else of both ranks."""
     if gate.alpha == up.alpha and np.array_equal(gate.a, up.a):
         return gate._replace(b=np.concatenate((gate.b, up.b), axis=1))
     count, middle, rank = gate.b.shape

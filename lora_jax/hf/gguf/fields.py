@@ -1,6 +1,6 @@
 """Fields of config.json that a GGUF file states otherwise: block by block, or by its tensors.
 
-Source: llama.cpp's `conversion/gemma.py`, and `src/models/gemma4.cpp`.
+Source: llama.cpp's `conversion/gemma.py`, `deepseek.py` and `qwen.py`, and `src/models/gemma4.cpp`.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,15 @@ import numpy as np
 _KINDS = ("full_attention", "sliding_attention")
 # What llama.cpp divides the frequencies by that do not rotate.
 _STILL = 1e30
+
+DELTA_FIELDS = (
+    "linear_num_key_heads", "linear_num_value_heads",
+    "linear_key_head_dim", "linear_value_head_dim",
+)  # fmt: skip
+_KEYS = ("ssm.group_count", "ssm.time_step_rank", "ssm.state_size", "ssm.inner_size")
+# `expert_gating_func` of a sigmoid.
+SIGMOID = 2
+_LINEAR, _FULL = "linear_attention", "full_attention"
 
 
 class Stated(NamedTuple):
@@ -83,6 +92,89 @@ def gemma4(stated: Stated) -> dict[str, Any]:
                   "top_k_experts": facts.get("expert_used_count"),
                   "moe_intermediate_size": facts.get("expert_feed_forward_length")}  # fmt: skip
     return found
+
+
+def latent(stated: Stated) -> dict[str, Any]:
+    """DeepSeek's fields; files without the first two keys hold `kv_b_proj` whole.
+
+    Raises:
+      ValueError: a size missing.
+    """
+    facts = stated.facts
+    ends = ("_mla",) if "attention.key_length_mla" in facts else ("",)
+    key, value = (
+        _whole(facts, f"attention.{name}_length{end}") for name in ("key", "value") for end in ends
+    )
+    rotated = _whole(facts, "rope.dimension_count")
+    # Older files of GLM-4.7 Flash do not say it.
+    biased = any(name.endswith("e_score_correction_bias") for name in stated.shapes)
+    softmax = facts.get("expert_gating_func", SIGMOID if biased else 1) != SIGMOID
+    method = "group_limited_greedy" if facts.get("expert_group_count", 1) > 1 else "greedy"
+    return {
+        "model_type": "deepseek_v2" if softmax else "deepseek_v3",
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": value,
+        "head_dim": rotated,
+        "num_key_value_heads": facts["attention.head_count"],
+        **({"topk_method": method} if softmax else {}),
+    }
+
+
+def delta(stated: Stated) -> dict[str, Any]:
+    """The sizes of delta nets, and in which blocks they are.
+
+    Raises:
+      ValueError: a size missing, or no list of the blocks.
+    """
+    facts = stated.facts
+    heads, blocks = delta_of_file(facts), range(facts["block_count"])
+    if heads is None:
+        raise ValueError("metadata lacks the sizes of delta nets (`ssm.group_count` and others)")
+    every = facts.get("full_attention_interval", 4)
+    recurs = facts.get("attention.recurrent_layers", [(i + 1) % every != 0 for i in blocks])
+    count = len(blocks) - facts.get("nextn_predict_layers", 0)
+    if not isinstance(recurs, list) or len(recurs) < count:
+        raise ValueError(f"`attention.recurrent_layers` must be a list of {count}, got {recurs!r}")
+    return {
+        "linear_conv_kernel_dim": _whole(facts, "ssm.conv_kernel"),
+        **dict(zip(DELTA_FIELDS, heads, strict=True)),
+        "layer_types": [_LINEAR if recurs[i] else _FULL for i in range(count)],
+        "num_hidden_layers": count,
+    }
+
+
+class DeltaHeads(NamedTuple):
+    """Numbers of heads of a delta net, and their sizes."""
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+
+def delta_of(raw: Mapping[str, Any]) -> DeltaHeads | None:
+    """Those of a config.json, or None."""
+    sizes = [raw.get(name) for name in DELTA_FIELDS]
+    return _checked(sizes, DELTA_FIELDS) if any(sizes) else None
+
+
+def delta_of_file(facts: Mapping[str, Any]) -> DeltaHeads | None:
+    """Those of a file's metadata, whose keys are without their prefix, or None."""
+    sizes = [facts.get(key) for key in _KEYS]
+    if not any(sizes):
+        return None
+    keys, values, key_dim, inner = _checked(sizes, _KEYS)
+    return DeltaHeads(keys, values, key_dim, inner // values)
+
+
+def _checked(sizes: list[Any], names: tuple[str, ...]) -> DeltaHeads:
+    for name, size in zip(names, sizes, strict=True):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"`{name}` must be a whole number above 0, got {size!r}")
+    if sizes[1] % sizes[0]:
+        raise ValueError(f"`{names[1]}` {sizes[1]} is not a multiple of `{names[0]}` {sizes[0]}")
+    return DeltaHeads(*sizes)
 
 
 def short(value: float) -> float:

@@ -21,8 +21,9 @@ from lora_jax.hf.gguf.experts import (
     together,
 )
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
+from lora_jax.hf.gguf.halves import whole
 from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR
-from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
+from lora_jax.hf.gguf.names import Base, column_order_of, gguf_names, row_order_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.experts import in_one
@@ -60,13 +61,18 @@ def read_gguf_lora(
                 f"{file.path}: tensor `{theirs}.weight.lora_a` has no place in a "
                 f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
             )
+        if modules[theirs].endswith(GGUF_ARCHITECTURES[base.architecture].unadapted):
+            raise ValueError(
+                f"{file.path}: llama.cpp computes a `{base.architecture}` without its adapter of "
+                f"`{theirs}`; take the adapter that it was made of"
+            )
         a, b = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
         pairs[modules[theirs]] = _pair(
             a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
         )
     row = GGUF_ARCHITECTURES[base.architecture]
     by = None if params is None else multipliers(params, row)
-    pairs = multiplied(together(pairs), row, by, inverse=True)
+    pairs = multiplied(whole(together(pairs), base), row, by, inverse=True)
     config = _config(pairs, base)
     return config, _as_peft(pairs, swapped=row.model_type in SWAPPED)
 
@@ -173,10 +179,13 @@ def _pair(
         check_tensor(f"{theirs}.weight{ending}", tensor, path)
     try:
         order = row_order_of(module, b.shape[-2], base)
+        inputs = column_order_of(module, a.shape[-1], base)
     except ValueError as error:
         raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {error}") from None
     if order is not None:  # outputs are reordered, so only B is
         b = b[np.argsort(order)]
+    if inputs is not None:
+        a = a[:, np.argsort(inputs)]
     # Without an alpha every scale is 1.
     alpha = alpha or a.shape[-2]
     return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, embedding)

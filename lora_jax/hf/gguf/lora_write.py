@@ -4,9 +4,10 @@
     llama.cpp  lora_a (r, in)   lora_b (out, r)   scale: adapter.lora.alpha / r, one alpha
 
 The file has one alpha. Where a module's scale is not `alpha / r`, the ratio is multiplied into its
-B. Three more things differ: rows of B of q and k are reordered for the architecture `llama`; an
-embedding's A is (vocabulary, r); and llama.cpp holds a head that is tied to the embedding as one
-tensor with it, so that neither can be adapted.
+B. More things differ: rows of B, and columns of A, follow the order of the base's tensors
+(`layout`); a weight that is two tensors there has two pairs; an embedding's A is (vocabulary, r);
+and llama.cpp holds a head that is tied to the embedding as one tensor with it, so that neither can
+be adapted.
 
 Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is read),
 `src/llama-adapter.h` (`get_scale`), `src/llama-graph.cpp` (`build_lora_mm`, `build_inp_embd`).
@@ -32,7 +33,8 @@ from lora_jax.files import replacing
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, multiplied, multipliers
 from lora_jax.hf.gguf.file import open_gguf
-from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
+from lora_jax.hf.gguf.halves import halved
+from lora_jax.hf.gguf.names import Base, column_order_of, gguf_names, row_order_of
 from lora_jax.hf.peft.experts import fused
 from lora_jax.hf.peft.index import BASE, PREFIX, parameter_of, with_fused_experts
 from lora_jax.hf.peft.prefixes import respelled
@@ -114,7 +116,9 @@ def to_gguf(
     if row.experts:
         paths, swapped = [f".{row.experts}.{GATE_UP}"], row.model_type in SWAPPED
         config, tensors = fused(config, tensors, paths, "the adapter", swapped=swapped)
-    pairs = multiplied(_pairs(tensors, config, base), row, by)
+    pairs = _pairs(tensors, config, base)
+    _check_applied(pairs, base)
+    pairs = multiplied(halved(pairs, base), row, by)
     alpha = _common_alpha(pairs)
     for module in pairs:
         if module not in names:
@@ -133,6 +137,17 @@ def to_gguf(
         a, b = _in_file(module, pairs[module], alpha, base)
         out[f"{names[module]}.weight.lora_a"], out[f"{names[module]}.weight.lora_b"] = a, b
     return Content(alpha, out)
+
+
+def _check_applied(pairs: Mapping[str, FactorPair], base: Base) -> None:
+    row = GGUF_ARCHITECTURES[base.architecture]
+    if names := [name for name in pairs if name.endswith(row.unadapted)]:
+        applied = (name.rpartition(".")[2] for name in row.linears if name not in row.unadapted)
+        raise ValueError(
+            f"llama.cpp's architecture `{base.architecture}` reads an adapter of `{names[0]}` but "
+            f"computes without it; it applies those of {', '.join(dict.fromkeys(applied))} and "
+            f"experts; {_MERGE}"
+        )
 
 
 def _check_plain(config: LoraConfig) -> None:
@@ -207,6 +222,8 @@ def _in_file(
     if (order := row_order_of(module, len(b), base)) is not None:
         # The base's rows are in llama.cpp's order: the adapter's must be too.
         b = b[order]
+    if (order := column_order_of(module, a.shape[-1], base)) is not None:
+        a = a[:, order]
     return np.ascontiguousarray(a.T if pair.embedding else a), np.ascontiguousarray(b)
 
 

@@ -15,16 +15,18 @@ from lora_jax.files import read_json
 from lora_jax.hf.gguf.architectures import (
     GGUF_ARCHITECTURES,
     gguf_architecture,
-    row_order,
     their_names,
 )
 from lora_jax.hf.gguf.experts import expert_names
+from lora_jax.hf.gguf.fields import DeltaHeads, delta_of, delta_of_file
 from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.gguf.layout import column_order, row_order
 
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
     **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items()},
     **{"mistral": "llama", "mixtral": "llama"},
+    **{"deepseek_v2": "deepseek2", "glm4_moe_lite": "deepseek2"},
 }
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
@@ -40,6 +42,7 @@ class Base(NamedTuple):
       kv_heads: key and value heads.
       vocab_size: rows of the embedding table.
       tied: the output head is the embedding table.
+      delta: heads of its delta nets, or None without them.
     """
 
     architecture: str
@@ -48,6 +51,7 @@ class Base(NamedTuple):
     kv_heads: int
     vocab_size: int
     tied: bool
+    delta: DeltaHeads | None = None
 
 
 def base_from_hf(raw: Mapping[str, Any]) -> Base:
@@ -68,6 +72,7 @@ def base_from_hf(raw: Mapping[str, Any]) -> Base:
         kv_heads=raw.get("num_key_value_heads") or heads,
         vocab_size=_first(raw, "vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT)),
+        delta=delta_of(raw),
     )
 
 
@@ -124,6 +129,7 @@ def _from_gguf(path: Path) -> Base:
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         # llama.cpp's converter writes no head where it is the embedding table.
         tied="output.weight" not in file.tensors,
+        delta=delta_of_file(facts),
     )
 
 
@@ -146,5 +152,11 @@ def gguf_names(architecture: str, layers: int) -> dict[str, str]:
 
 def row_order_of(name: str, rows: int, base: Base) -> np.ndarray | None:
     """As `row_order`, of a module of this base."""
-    heads, kv_heads = base.heads, base.kv_heads
-    return row_order(base.architecture, name, rows, heads=heads, kv_heads=kv_heads)
+    return row_order(
+        base.architecture, name, rows, heads=base.heads, kv_heads=base.kv_heads, delta=base.delta
+    )
+
+
+def column_order_of(name: str, columns: int, base: Base) -> np.ndarray | None:
+    """As `column_order`, of a module of this base."""
+    return column_order(base.architecture, name, columns, delta=base.delta)

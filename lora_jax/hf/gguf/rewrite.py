@@ -4,6 +4,7 @@ Types, shapes and places stay, so that metadata and all other tensors are those 
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,7 +13,18 @@ from jaxtyping import Float
 
 from lora_jax.compat import require
 from lora_jax.hf.gguf.file import Gguf, read_tensor
-from lora_jax.hf.gguf.weights import added_to, order_of, places_of
+from lora_jax.hf.gguf.layout import join_kv, join_qkvz, split_kv, split_qkvz
+from lora_jax.hf.gguf.places import (
+    Halves,
+    Place,
+    columns_of,
+    delta_heads,
+    halves_of,
+    numbers_here,
+    numbers_there,
+    order_of,
+    places_of,
+)
 from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
 from lora_jax.quant.requantize import requantized
 
@@ -31,35 +43,60 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
     Raises:
       ValueError: there is no such tensor, a type that is only read, or numbers not finite there.
     """
-    place = places_of(file).get(name)
-    if place is None:
+    places = places_of(file)
+    if halves := halves_of(file, places).get(name):
+        return _both(file, places, halves, numbers)
+    if name not in places:
         raise ValueError(
             f"{file.path}: it has no tensor for `{name}`, which the adapter changes (a tied or a "
             "fresh head); merge without `requantize`"
         )
-    order, added = order_of(file, place), added_to(file, place)
-    numbers = numbers.T if place.turned else numbers
-    there = (numbers if order is None else numbers[order]) + added
+    return _one(file, places[name], numbers)
+
+
+def _both(
+    file: Gguf, places: Mapping[str, Place], halves: Halves, numbers: np.ndarray
+) -> np.ndarray:
+    """Writes both tensors of a weight."""
+    one, other = (places[name] for name in halves[:2])
+    if halves.latent:
+        heads, _, keys = file.tensors[one.tensor].shape
+        first, second = split_kv(numbers, heads, keys)
+        return join_kv(_one(file, one, first), _one(file, other, second))
+    delta = delta_heads(file)
+    assert delta is not None  # checked when the file was read
+    first, second = split_qkvz(numbers, delta)
+    return join_qkvz(_one(file, one, first), _one(file, other, second), delta)
+
+
+def _one(file: Gguf, place: Place, numbers: np.ndarray) -> np.ndarray:
+    """Writes the tensor of a weight."""
+    rows, columns = order_of(file, place), columns_of(file, place)
+    there = numbers_there(file, place, numbers)
+    there = there if rows is None else there[rows]
+    there = there if columns is None else there[:, columns]
     tensor, part = file.tensors[place.tensor], ()
     skipped = 0  # rows
     if place.expert is not None:  # all experts are one tensor
-        rows = place.rows or slice(0, tensor.shape[1])
-        part = (slice(place.expert, place.expert + 1), rows, slice(0, numbers.shape[1]))
-        skipped = place.expert * tensor.shape[1] + rows.start
-    raw = _encoded(file, place.tensor, there)
+        inside = place.rows or slice(0, tensor.shape[1])
+        part = (slice(place.expert, place.expert + 1), inside, slice(0, there.shape[1]))
+        skipped = place.expert * tensor.shape[1] + inside.start
+    raw = _encoded(file, place.tensor, np.ascontiguousarray(there))
     width = tensor.size // math.prod(tensor.shape[:-1])
     with Path(file.path).open("r+b") as out:
         out.seek(tensor.start + skipped * width)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
-    back = read_tensor(file, place.tensor, part) - added
+    back = read_tensor(file, place.tensor, part)
     back = back if place.expert is None else back[0]
-    back = back if order is None else back[np.argsort(order)]
-    return back.T if place.turned else back
+    back = back if rows is None else back[np.argsort(rows)]
+    back = back if columns is None else back[:, np.argsort(columns)]
+    return numbers_here(file, place, back)
 
 
 def _encoded(file: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     """The bytes of a tensor in its type."""
     gguf, place = require("gguf"), file.tensors[name]
+    numbers = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 2 else numbers
     kind = gguf.GGMLQuantizationType(place.kind)
     if kind.name == "F32":
         return numbers.astype(np.float32)

@@ -1,41 +1,34 @@
-"""A GGUF file's weights under Hugging Face's names, whole or in parts, in floats or in blocks."""
+"""A GGUF file's weights under Hugging Face's names, whole or in parts, in floats or in blocks.
 
-import math
-import re
-from itertools import product
-from typing import Any, NamedTuple
+Of a weight that the file has in two tensors (`layout` says which) both are read whole. The rows of
+`in_proj_qkvz` are held in the file's blocks where both have one type, or Q5_K and Q4_K, which Q5_K
+holds exactly; `kv_b_proj`, whose keys are quantized along the other axis, is held in floats.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from lora_jax.compat import require
 from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
-from lora_jax.hf.gguf.architectures import (
-    GGUF_ARCHITECTURES,
-    gguf_architecture,
-    row_order,
-    their_names,
-)
 from lora_jax.hf.gguf.file import Gguf, of_bytes, read_tensor
+from lora_jax.hf.gguf.layout import join_kv, join_qkvz
+from lora_jax.hf.gguf.places import (
+    ONE,
+    Halves,
+    Place,
+    columns_of,
+    delta_heads,
+    halves_of,
+    inside_of,
+    numbers_here,
+    order_of,
+    places_of,
+    shape_of,
+)
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
-
-
-class Place(NamedTuple):
-    """Where a weight lies.
-
-    Attributes:
-      tensor: the file's.
-      module: Hugging Face's.
-      expert: the number of an expert in the tensor, or None.
-      rows: those of an expert that are the weight, or None for all.
-      turned: it is (in, out) under Hugging Face's name, where the file has (out, in).
-    """
-
-    tensor: str
-    module: str
-    expert: int | None = None
-    rows: slice | None = None
-    turned: bool = False
+from lora_jax.quant.gguf import GGUF_KINDS, as_q5_k, from_gguf
 
 
 def weights_of(file: Gguf) -> Weights:
@@ -47,21 +40,62 @@ def weights_of(file: Gguf) -> Weights:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
     theirs = places_of(file)
+    plain, halves = _plain(file, theirs), halves_of(file, theirs)
+    if not halves:
+        return plain
+    parts = {name for each in halves.values() for name in each[:2]}
+    kinds = {name: _kind(file, theirs, each) for name, each in halves.items()}
+
+    def read(name: str, part: Part = ()) -> np.ndarray:
+        if name not in halves:
+            return plain.read(name, part)
+        return _joined(file, halves[name], *(plain.read(n) for n in halves[name][:2]))[part]
+
+    def blocks(name: str, part: Part = ()) -> QuantArray:
+        if name not in halves:
+            assert plain.blocks is not None
+            return plain.blocks(name, part)
+        kind, both = GGUF_KINDS[kinds[name]], (theirs[n] for n in halves[name][:2])
+        rows = _joined(file, halves[name], *(_bytes(file, x, kinds[name]) for x in both))
+        if part:
+            first, last = (n // kind.inputs * kind.size for n in (part[1].start, part[1].stop))
+            rows = np.ascontiguousarray(rows[part[0], first:last])
+        return from_gguf(rows, kinds[name], roles="oi", name=f"{file.path}: {name}")
+
+    def rest(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: x for name, x in found.items() if name not in parts}
+
+    shapes = {n: _joined_shape(file, each, plain.shapes) for n, each in halves.items()}
+    held = {name: _blocks(kind) for name, kind in kinds.items() if kind}
+    return plain._replace(
+        shapes=rest(plain.shapes) | shapes,
+        read=read,
+        formats=rest(plain.formats or {}) | held,
+        blocks=blocks,
+    )
+
+
+def _plain(file: Gguf, theirs: Mapping[str, Place]) -> Weights:
+    """The weights of one tensor each."""
     kinds = require("gguf").GGMLQuantizationType
     types = {name: kinds(file.tensors[t.tensor].kind).name for name, t in theirs.items()}
-    inside = {name: _inside(file, place) for name, place in theirs.items()}
-    shapes = {n: shape[::-1] if theirs[n].turned else shape for n, shape in inside.items()}
+    sizes = {name: inside_of(file, place) for name, place in theirs.items()}
+    shapes = {n: shape_of(shape, theirs[n]) for n, shape in sizes.items()}
 
     def there(name: str, part: Part) -> tuple[Any, ...]:
-        """The part in the file's order of rows."""
+        """The part in the file's order of rows; all columns where they have an order."""
         place = theirs[name]
         found: tuple[Any, ...] = part[::-1] if place.turned else part
+        if len(found) > len(sizes[name]):
+            found = tuple(np.delete(np.asarray(found, object), ONE[place.module][1]))
         if (order := order_of(file, place)) is not None:
             rows, *rest = found or (slice(None),)
             found = np.argsort(order)[rows], *rest
+        if found and columns_of(file, place) is not None:
+            found = found[0], slice(0, sizes[name][1])
         if place.expert is None:
             return found
-        rows, *rest = found or tuple(slice(0, n) for n in inside[name])
+        rows, *rest = found or tuple(slice(0, n) for n in sizes[name])
         if place.rows is not None:
             rows = slice(rows.start + place.rows.start, rows.stop + place.rows.start)
         return slice(place.expert, place.expert + 1), rows, *rest
@@ -70,15 +104,24 @@ def weights_of(file: Gguf) -> Weights:
         return found if theirs[name].expert is None else found[0]
 
     def read(name: str, part: Part = ()) -> np.ndarray:
-        found = one(name, read_tensor(file, theirs[name].tensor, there(name, part)))
-        found = found - added if (added := added_to(file, theirs[name])) else found
-        return found.T if theirs[name].turned else found
+        place = theirs[name]
+        found = one(name, read_tensor(file, place.tensor, there(name, part)))
+        if (order := columns_of(file, place)) is not None:
+            found = found[:, np.argsort(order)][(slice(None), *part[1:])]
+        return numbers_here(file, place, found)
 
     def blocks(name: str, part: Part = ()) -> QuantArray:
-        tensor = theirs[name].tensor
-        rows = one(name, file.stored(tensor, of_bytes(file, tensor, there(name, part))[0]))
-        roles = "io" if theirs[name].turned else "oi"
-        return from_gguf(rows, types[name], roles=roles, name=f"{file.path}: {tensor}")
+        place = theirs[name]
+        where, order = f"{file.path}: {place.tensor}", columns_of(file, place)
+        if order is not None and part and part[1] != slice(0, len(order)):
+            raise ValueError(
+                f"{where} has its inputs in llama.cpp's order, which devices cannot share: use a "
+                'mesh that does not shard them, or a format such as "nf4"'
+            )
+        inside, _ = of_bytes(file, place.tensor, there(name, part))
+        rows = one(name, file.stored(place.tensor, inside))
+        roles = "io" if place.turned else "oi"
+        return from_gguf(rows, types[name], roles=roles, order=order, name=where)
 
     held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
     return Weights(
@@ -86,86 +129,44 @@ def weights_of(file: Gguf) -> Weights:
         shapes=shapes,
         read=read,
         where=lambda name: file.path.name,
-        formats={n: Blocks(GGUF_KINDS[types[n]].format, GGUF_KINDS[types[n]].block) for n in held},
+        formats={n: _blocks(types[n], columns_of(file, theirs[n]) is not None) for n in held},
         blocks=blocks,
     )
 
 
-def places_of(file: Gguf) -> dict[str, Place]:
-    """Where each weight lies, by Hugging Face's name."""
-    kind = gguf_architecture(file.metadata, file.path)
-    ours = {theirs: module for module, theirs in their_names(kind).items()}
-    row, found = GGUF_ARCHITECTURES[kind], {}
-    beyond = _main_blocks(file, kind)
-    for name, tensor in file.tensors.items():
-        block, part, ending = _parts(name)
-        # The first holds no weight but divisors of RoPE, which `rope_divisors` reads; blocks beyond
-        # the last predict further tokens.
-        if name == "rope_freqs.weight" or block is not None and block >= beyond:
-            continue
-        module = ours.get(part)
-        start = "" if block is None else f"{row.stack}.{block}."
-        if odd := row.odd.get(f"{part}.{ending}"):
-            found[f"{start}{odd}"] = Place(name, odd)
-            continue
-        if module is None or ending not in ("weight", "bias"):
-            where = f"no place in a decoder of the architecture `{kind}`"
-            raise ValueError(f"{file.path}: tensor `{name}` has {where}")
-        if (experts := re.fullmatch(r"((?:.+\.)?experts)\.(\w+)", module)) and len(
-            tensor.shape
-        ) == 3:
-            first, last = experts.groups()
-            for n, (each, rows) in product(
-                range(tensor.shape[0]), _parts_of(last, tensor.shape[1])
-            ):
-                found[f"{start}{first}.{n}.{each}.{ending}"] = Place(name, module, n, rows)
-        else:
-            turned = row.turned and ending == "weight" and module in row.linears
-            found[f"{start}{module}.{ending}"] = Place(name, module, turned=turned)
-    return found
+def _blocks(kind: str, ordered: bool = False) -> Blocks:
+    return Blocks(GGUF_KINDS[kind].format, GGUF_KINDS[kind].block, ordered=ordered)
 
 
-def _inside(file: Gguf, place: Place) -> tuple[int, ...]:
-    """The shape of a weight in the file."""
-    shape = file.tensors[place.tensor].shape[place.expert is not None :]
-    return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
+def _joined(file: Gguf, halves: Halves, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Both halves as one weight, in numbers or in the bytes of their rows."""
+    if halves.latent:
+        return join_kv(first, second)
+    delta = delta_heads(file)
+    assert delta is not None  # checked by `config_of`
+    return join_qkvz(first, second, delta)
 
 
-def _parts_of(experts: str, rows: int) -> list[tuple[str, slice | None]]:
-    """The linear layers of an expert in one tensor, and the rows of each."""
-    if experts != "gate_up_proj":
-        return [(experts, None)]
-    return [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
+def _joined_shape(file: Gguf, halves: Halves, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+    first, second = (shapes[name] for name in halves[:2])
+    if not halves.latent:
+        return first[0] + second[0], first[1]
+    return second[0] * (first[2] + second[1]), second[2]
 
 
-def _parts(name: str) -> tuple[int | None, str, str]:
-    """`blk.3.attn_q.weight` is (3, "attn_q", "weight"), `output.weight` (None, "output", ...)."""
-    found = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(.+?)(?:\.(\w+))?", name, re.DOTALL)
-    block, part, ending = found.groups(default="") if found else ("", "", "")
-    return int(block) if block else None, part, ending
+def _kind(file: Gguf, theirs: Mapping[str, Place], halves: Halves) -> str:
+    """The type that holds both halves as they are, or ""."""
+    kinds = require("gguf").GGMLQuantizationType
+    first, second = (kinds(file.tensors[theirs[name].tensor].kind).name for name in halves[:2])
+    if halves.latent:
+        return ""
+    if {first, second} == {"Q4_K", "Q5_K"}:
+        return "Q5_K"
+    return first if first == second and first in GGUF_KINDS else ""
 
 
-def _main_blocks(file: Gguf, kind: str) -> float:
-    """The number of blocks without those that predict further tokens."""
-    count, further = (
-        file.metadata.get(f"{kind}.{key}", 0) for key in ("block_count", "nextn_predict_layers")
-    )
-    return count - further if type(count) is type(further) is int and further else math.inf
-
-
-def added_to(file: Gguf, place: Place) -> np.float32:
-    """What the file has added to each number of a weight."""
-    row = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
-    return np.float32(row.added if place.module.endswith("norm") else 0)
-
-
-def order_of(file: Gguf, place: Place) -> np.ndarray | None:
-    """Which of Hugging Face's rows each row of a tensor is; see `row_order`."""
-    kind = gguf_architecture(file.metadata, file.path)
-    heads = file.metadata[f"{kind}.attention.head_count"]
-    kv_heads = file.metadata.get(f"{kind}.attention.head_count_kv", heads)
-    rows = file.tensors[place.tensor].shape[0]
-    try:
-        return row_order(kind, place.module, rows, heads=heads, kv_heads=kv_heads)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: tensor `{place.tensor}` has {error}") from None
+def _bytes(file: Gguf, place: Place, kind: str) -> np.ndarray:
+    """The bytes of a tensor's rows in a type."""
+    rows = file.stored(place.tensor)
+    same = require("gguf").GGMLQuantizationType(file.tensors[place.tensor].kind).name == kind
+    return rows if same else as_q5_k(rows)

@@ -25,6 +25,11 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen2's, with marks (as of Devanagari) beside letters.
+QWEN3_5 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Words begin where a lower letter is followed by an upper one.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
@@ -36,20 +41,52 @@ _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# DeepSeek's cut a text several times: the letters that have cases, signs of China and Korea.
+_CASED = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293"
+    "\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c"
+    "\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5"
+    "\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59"
+    "\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc"
+    "\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107"
+    "\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139"
+    "\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee"
+    "\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e"
+    "\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f"
+    "\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
+    "\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+_HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK = (
+    r"[\r\n]",
+    rf"\s?[{_CASED}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    _HAN,
+    r"\p{N}+",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, r"\p{N}")
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 class Split(NamedTuple):
     """How a byte-level tokenizer cuts text before it merges.
 
     Attributes:
-      regex: what stays together; None is GPT-2's own expression.
+      regex: what stays together, one after the other; None is GPT-2's own expression.
       digits: every digit stands alone.
       whole_words: a piece that is a token is not built from merges.
       normalize: text is brought to Unicode NFC first.
       bos: a text starts with BOS, where the file does not decide it.
     """
 
-    regex: str | None = None
+    regex: str | tuple[str, ...] | None = None
     digits: bool = False
     whole_words: bool = False
     normalize: bool = False
@@ -66,8 +103,12 @@ SPLITS: Mapping[str, Split] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3_SPLIT),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), Split(regex=_LLAMA3)),
     **dict.fromkeys(("qwen2", "stablelm2"), Split(regex=QWEN2, normalize=True)),
+    "qwen35": Split(regex=QWEN3_5, normalize=True),
     "deepseek-r1-qwen": Split(regex=QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4"), Split(regex=_O200K, whole_words=True)),
+    "deepseek-llm": Split(regex=_DEEPSEEK),
+    "deepseek-coder": Split(regex=_DEEPSEEK_CODER),
+    "deepseek-v3": Split(regex=_DEEPSEEK_V3),
     "tekken": Split(regex=_TEKKEN, whole_words=True, bos=True),
 }
 
@@ -237,9 +278,10 @@ def _pre_tokenizer(split: Split) -> Any:
     library = require("tokenizers")
     pre_tokenizers = library.pre_tokenizers
     if split.regex is not None:
+        regexes = (split.regex,) if isinstance(split.regex, str) else split.regex
         return pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(library.Regex(split.regex), behavior="isolated"),
+                *(pre_tokenizers.Split(library.Regex(x), behavior="isolated") for x in regexes),
                 # The split is made: this only maps bytes to letters.
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]

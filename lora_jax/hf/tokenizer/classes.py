@@ -11,16 +11,10 @@ Source: transformers 5.23, the `__init__` of each class in `models/*/tokenizatio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lora_jax.hf.tokenizer.backends import QWEN2
+from lora_jax.hf.tokenizer.backends import QWEN2, QWEN3_5
 
 # A part of tokenizer.json, as it is written there.
 Part = dict[str, Any] | None
-
-# Qwen2's, with marks (as of Devanagari) beside letters.
-_QWEN3_5 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class Given(NamedTuple):
@@ -248,7 +242,7 @@ CLASSES: Mapping[str, Class] = {
         "BPE", _qwen(QWEN2), {**_TEXT_END, "pad_token": "<|endoftext|>"}, again="plain"
     ),
     "Qwen3_5Tokenizer": Class(
-        "BPE", _qwen(_QWEN3_5), {**_TEXT_END, "pad_token": "<|endoftext|>"}
+        "BPE", _qwen(QWEN3_5), {**_TEXT_END, "pad_token": "<|endoftext|>"}
     ),
     "GPT2Tokenizer": Class("BPE", _gpt2, {**_TEXT_END, "bos_token": "<|endoftext|>"}),
     "GPTNeoXTokenizer": Class(

@@ -301,12 +301,30 @@ TEXT = "camelCase's 1234\r\n  -- //\n "
 SPLIT = {
     "gpt-2 phi-2 olmo": "camelCase|'s|_1234|\r\n_|_--|_//|\n_",
     "smollm starcoder refact command-r": "camelCase|'s|_|1|2|3|4|\r\n_|_--|_//|\n_",
-    "llama-bpe llama3 llama-v3 dbrx smaug-bpe glm4 chatglm-bpe": (
+    "deepseek-llm": "camelCase|'|s|_|1234|\r|\n|_|_--|_//|\n|_",
+    "deepseek-coder": "camelCase|'|s|_|1|2|3|4|\r|\n|_|_--|_//|\n|_",
+    "llama-bpe llama3 llama-v3 dbrx smaug-bpe glm4 chatglm-bpe deepseek-v3": (
         "camelCase|'s|_|123|4|\r\n|_|_--|_//\n|_"
     ),
-    "qwen2 stablelm2 deepseek-r1-qwen": "camelCase|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
+    "qwen2 qwen35 stablelm2 deepseek-r1-qwen": "camelCase|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
     "gpt-4o llama4": "camel|Case's|_|123|4|\r\n|_|_--|_//\n|_",
     "tekken": "camel|Case|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
+}
+
+LETTERS = "\u00dcn \u0939\u093f \u4e2d\u6587 \u304b\u306a \ud55c \u01bbx\u300d\u3002 \u2019t"
+SPLIT_LETTERS = {
+    "qwen35": (
+        "\xdcn|_\u0939\u093f|_\u4e2d\u6587|_\u304b\u306a|_\ud55c|_\u01bbx|\u300d\u3002|_\u2019|t"
+    ),
+    "deepseek-llm": (
+        "\xdc|n|_|\u0939\u093f|_|\u4e2d\u6587|_|\u304b\u306a|_|\ud55c|_\u01bb|x|\u300d|\u3002|_|\u2019|t"
+    ),
+    "deepseek-coder": (
+        "\xdcn|_|\u0939|\u093f|_|\u4e2d\u6587|_|\u304b\u306a|_|\ud55c|_\u01bbx|\u300d\u3002|_|\u2019|t"
+    ),
+    "deepseek-v3": (
+        "\xdcn|_\u0939\u093f|_|\u4e2d\u6587|_|\u304b\u306a|_\ud55c|_\u01bbx|\u300d\u3002|_\u2019|t"
+    ),
 }
 
 
@@ -316,6 +334,10 @@ def test_byte_level_tokenizers_of_gguf_cut_texts_as_llama_cpp(tmp_path):
         tokenizer = from_gguf({**GGUF, "tokenizer.ggml.pre": name}, path=tmp_path)
         pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str(TEXT)
         found[name] = "|".join(TEXT[a:b] for _, (a, b) in pieces).replace(" ", "_")
+        if name in SPLIT_LETTERS:
+            pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str(LETTERS)
+            got = "|".join(LETTERS[a:b] for _, (a, b) in pieces).replace(" ", "_")
+            assert got == SPLIT_LETTERS[name]
     assert found == {name: pieces for names, pieces in SPLIT.items() for name in names.split()}
 
 

@@ -1,0 +1,198 @@
+"""Where the weights of a GGUF file lie, and what changes a file's numbers into Hugging Face's."""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture, their_names
+from lora_jax.hf.gguf.fields import DeltaHeads, delta_of_file
+from lora_jax.hf.gguf.file import Gguf
+from lora_jax.hf.gguf.layout import column_order, row_order
+
+
+class Place(NamedTuple):
+    """Where a weight lies.
+
+    Attributes:
+      tensor: the file's.
+      module: Hugging Face's.
+      expert: the number of an expert in the tensor, or None.
+      rows: those of an expert that are the weight, or None for all.
+      turned: it is (in, out) under Hugging Face's name, where the file has (out, in).
+    """
+
+    tensor: str
+    module: str
+    expert: int | None = None
+    rows: slice | None = None
+    turned: bool = False
+
+
+# Modules of whose weights a file has no axis of one: dims of the weight, and which it is.
+ONE = {"linear_attn.conv1d": (3, 1), "mlp.shared_expert_gate": (2, 0)}
+
+
+def places_of(file: Gguf) -> dict[str, Place]:
+    """Where each weight lies, by Hugging Face's name."""
+    kind = gguf_architecture(file.metadata, file.path)
+    ours = {theirs: module for module, theirs in their_names(kind).items()}
+    row, found = GGUF_ARCHITECTURES[kind], {}
+    beyond = _main_blocks(file, kind)
+    for name, tensor in file.tensors.items():
+        block, part, ending = _parts(name)
+        # The first holds no weight but divisors of RoPE, which `rope_divisors` reads; blocks beyond
+        # the last predict further tokens.
+        if name == "rope_freqs.weight" or block is not None and block >= beyond:
+            continue
+        module = ours.get(part)
+        start = "" if block is None else f"{row.stack}.{block}."
+        if odd := row.odd.get(f"{part}.{ending}"):
+            found[f"{start}{odd}"] = Place(name, odd)
+            continue
+        if module is None or ending not in ("weight", "bias"):
+            where = f"no place in a decoder of the architecture `{kind}`"
+            raise ValueError(f"{file.path}: tensor `{name}` has {where}")
+        if (experts := re.fullmatch(r"((?:.+\.)?experts)\.(\w+)", module)) and len(
+            tensor.shape
+        ) == 3:
+            first, last = experts.groups()
+            for n, (each, rows) in product(
+                range(tensor.shape[0]), _parts_of(last, tensor.shape[1])
+            ):
+                found[f"{start}{first}.{n}.{each}.{ending}"] = Place(name, module, n, rows)
+        else:
+            turned = row.turned and ending == "weight" and module in row.linears
+            found[f"{start}{module}.{ending}"] = Place(name, module, turned=turned)
+    return found
+
+
+def inside_of(file: Gguf, place: Place) -> tuple[int, ...]:
+    """The shape of a weight in the file."""
+    shape = file.tensors[place.tensor].shape[place.expert is not None :]
+    return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
+
+
+def _parts_of(experts: str, rows: int) -> list[tuple[str, slice | None]]:
+    """The linear layers of an expert in one tensor, and the rows of each."""
+    if experts != "gate_up_proj":
+        return [(experts, None)]
+    return [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
+
+
+def _parts(name: str) -> tuple[int | None, str, str]:
+    """`blk.3.attn_q.weight` is (3, "attn_q", "weight"), `output.weight` (None, "output", ...)."""
+    found = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(.+?)(?:\.(\w+))?", name, re.DOTALL)
+    block, part, ending = found.groups(default="") if found else ("", "", "")
+    return int(block) if block else None, part, ending
+
+
+def _main_blocks(file: Gguf, kind: str) -> float:
+    """The number of blocks without those that predict further tokens."""
+    count, further = (
+        file.metadata.get(f"{kind}.{key}", 0) for key in ("block_count", "nextn_predict_layers")
+    )
+    return count - further if type(count) is type(further) is int and further else math.inf
+
+
+def numbers_here(file: Gguf, place: Place, found: np.ndarray) -> np.ndarray:
+    """The numbers of a weight from a file's, whose rows and columns are in order."""
+    if place.module.endswith("A_log"):
+        if not (found < 0).all():
+            raise ValueError(f"{file.path}: tensor `{place.tensor}` must be below 0")
+        return np.log(-found)
+    found = found - added if (added := _added_to(file, place)) else found
+    if place.turned:
+        return found.T
+    return found.reshape(shape_of(found.shape, place))
+
+
+def numbers_there(file: Gguf, place: Place, numbers: np.ndarray) -> np.ndarray:
+    """The inverse of `numbers_here`."""
+    if place.module.endswith("A_log"):
+        return -np.exp(numbers)
+    numbers = numbers.T if place.turned else numbers
+    if place.module in ONE:
+        shape = file.tensors[place.tensor].shape
+        numbers = numbers if numbers.ndim == len(shape) else numbers.reshape(shape)
+    return numbers + _added_to(file, place)
+
+
+def _added_to(file: Gguf, place: Place) -> np.float32:
+    """What the file has added to each number of a weight."""
+    row = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
+    plain = place.module == "linear_attn.norm" or not place.module.endswith("norm")
+    return np.float32(0 if plain else row.added)
+
+
+class Halves(NamedTuple):
+    """The names of the two weights that are one in Hugging Face's model, and its module."""
+
+    first: str
+    second: str
+    module: str
+
+    @property
+    def latent(self) -> bool:
+        """Whether they are keys and values of latent vectors."""
+        return self.module.endswith("kv_b_proj")
+
+
+def halves_of(file: Gguf, places: Mapping[str, Place]) -> dict[str, Halves]:
+    """The weights that the file has in two tensors, by Hugging Face's name."""
+    row, found = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)], {}
+    for whole, (first, second) in row.joined.items():
+        for name, place in places.items():
+            if place.module == first:
+                other = name.replace(first, second)
+                if other not in places:
+                    raise ValueError(f"{file.path}: tensor `{place.tensor}` has no other half")
+                found[name.replace(first, whole)] = Halves(name, other, whole)
+    return found
+
+
+def order_of(file: Gguf, place: Place) -> np.ndarray | None:
+    """Which of Hugging Face's rows each row of a tensor is; see `layout`."""
+    kind = gguf_architecture(file.metadata, file.path)
+    heads = file.metadata[f"{kind}.attention.head_count"]
+    kv_heads = file.metadata.get(f"{kind}.attention.head_count_kv", heads)
+    rows = file.tensors[place.tensor].shape[0]
+    with _named(file, place):
+        delta = delta_heads(file)
+        return row_order(kind, place.module, rows, heads=heads, kv_heads=kv_heads, delta=delta)
+
+
+def columns_of(file: Gguf, place: Place) -> np.ndarray | None:
+    """As `order_of`, of a matrix's columns."""
+    kind = gguf_architecture(file.metadata, file.path)
+    columns = file.tensors[place.tensor].shape[-1]
+    with _named(file, place):
+        return column_order(kind, place.module, columns, delta=delta_heads(file))
+
+
+def delta_heads(file: Gguf) -> DeltaHeads | None:
+    """The heads of the file's delta nets, or None without them."""
+    start = f"{gguf_architecture(file.metadata, file.path)}."
+    return delta_of_file(
+        {k.removeprefix(start): v for k, v in file.metadata.items() if k.startswith(start)}
+    )
+
+
+@contextlib.contextmanager
+def _named(file: Gguf, place: Place) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file.path}: tensor `{place.tensor}` has {error}") from None
+
+
+def shape_of(inside: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """The shape of a weight from that of its tensor."""
+    dims, axis = ONE.get(place.module, (len(inside), 0))
+    if len(inside) < dims:
+        return (*inside[:axis], 1, *inside[axis:])
+    return inside[::-1] if place.turned else inside

@@ -1,0 +1,265 @@
+"""GGUF files of tiny models of many families, written as llama.cpp's converter does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, quants
+from gguf.tensor_mapping import get_tensor_name_map
+
+from lora_jax import models
+from lora_jax.hf.checkpoint.safetensors import load_file
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF
+from lora_jax.models.registry import config_from_hf
+from lora_jax.models.saving import save_model
+
+from tests.support.gguf_files import writing
+
+TOKENS = jnp.arange(16).reshape(2, 8) % 64
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
+)  # fmt: skip
+GROUPED = dict(SIZES, num_key_value_heads=2)
+MOE = dict(GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+DELTA = dict(
+    GROUPED, num_hidden_layers=3, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=8, linear_value_head_dim=16, linear_conv_kernel_dim=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)  # fmt: skip
+LATENT = dict(
+    SIZES, kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8,
+    v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+    n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.7, n_group=1,
+    topk_group=1,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7,
+    mscale_all_dim=0.7,
+)  # fmt: skip
+# Families whose models are read, with fields that are no defaults.
+CASES = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": dict(GROUPED, head_dim=8),
+    "mixtral": dict(GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(MOE, shared_expert_intermediate_size=64, norm_topk_prob=False),
+    "qwen3_moe": dict(MOE, head_dim=8, norm_topk_prob=True),
+    "olmoe": dict(GROUPED, num_experts=4, num_experts_per_tok=2),
+    "glm4_moe": dict(
+        GROUPED, head_dim=8, use_qk_norm=True, attention_bias=True,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_group=1,
+        topk_group=1, routed_scaling_factor=1.7, first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    ),
+    "starcoder2": GROUPED,
+    "cohere2": dict(GROUPED, sliding_window=4, num_hidden_layers=4, logit_scale=0.5),
+    "granite": dict(
+        GROUPED, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=1.5,
+        attention_multiplier=0.2,
+    ),
+    "arcee": GROUPED,
+    "smollm3": dict(GROUPED, num_hidden_layers=4),
+    "ernie4_5": dict(GROUPED, head_dim=8),
+    "olmo2": GROUPED,
+    "seed_oss": dict(GROUPED, head_dim=8),
+    "stablelm": dict(GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "gpt_neox": dict(SIZES, rotary_pct=0.5),
+    "phi3": dict(GROUPED, partial_rotary_factor=0.5, sliding_window=4),
+    "gemma": dict(GROUPED, head_dim=16),
+    "gemma2": dict(
+        GROUPED, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, sliding_window=4,
+    ),
+    # No key states the bases of the blocks that slide, and which do: their defaults.
+    "gemma3_text": dict(
+        GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=4, num_hidden_layers=7,
+        rope_theta=500.0,
+    ),
+    # Values that are keys, keys shared by blocks, wide MLPs after those, and experts.
+    "gemma4_text": dict(
+        GROUPED, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, num_hidden_layers=4,
+        attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4,
+        hidden_size_per_layer_input=32, vocab_size_per_layer_input=64, final_logit_softcapping=3.0,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64,
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="proportional", partial_rotary_factor=0.5, rope_theta=500.0
+            ),
+            "sliding_attention": dict(rope_type="default", rope_theta=300.0),
+        },
+    ),
+    "phi": dict(SIZES, num_key_value_heads=4, partial_rotary_factor=0.5),
+    "gpt2": dict(
+        vocab_size=64, n_embd=32, n_inner=96, n_layer=2, n_head=4, n_positions=64, eos_token_id=2
+    ),
+    "qwen3_next": dict(
+        DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64, rope_theta=500.0,
+    ),
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": dict(
+        DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
+    "deepseek_v2": dict(
+        LATENT, q_lora_rank=None, rope_scaling=YARN, num_nextn_predict_layers=0
+    ),
+    # llama.cpp has no architecture of its own for it: its files are read as DeepSeek-V3's.
+    "glm4_moe_lite": dict(LATENT, num_nextn_predict_layers=0),
+    "deepseek_v3": dict(LATENT, n_group=2, num_nextn_predict_layers=0),
+}  # fmt: skip
+# llama.cpp's key of each size -> config.json's field.
+STATED = {
+    "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.value_length": "head_dim",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta", "block_count": "num_hidden_layers",
+}  # fmt: skip
+DELTA_KEYS = {
+    "ssm.conv_kernel": 3, "ssm.state_size": 8, "ssm.group_count": 2, "ssm.time_step_rank": 4,
+    "ssm.inner_size": 64, "attention.recurrent_layers": [True, False, True],
+    "rope.dimension_sections": [1, 1, 0, 0],
+}  # fmt: skip
+LATENT_KEYS = {
+    "attention.key_length": 40, "attention.value_length": 32, "attention.key_length_mla": 32,
+    "attention.value_length_mla": 16, "attention.head_count_kv": 1, "rope.dimension_count": 8,
+}  # fmt: skip
+# What the converter writes otherwise than config.json has it.
+OWN = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), DELTA_KEYS),
+    "deepseek_v2": {
+        **LATENT_KEYS, "expert_gating_func": 1, "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
+        "rope.scaling.yarn_log_multiplier": 0.07,
+    },
+    "deepseek_v3": {**LATENT_KEYS, "expert_gating_func": 2},
+    "glm4_moe_lite": LATENT_KEYS,
+    "gemma4_text": {
+        "feed_forward_length": [64, 64, 128, 128], "attention.head_count_kv": [2, 1, 2, 1],
+        "attention.key_length": 16, "attention.value_length": 16, "attention.key_length_swa": 8,
+        "attention.value_length_swa": 8, "rope.dimension_count": 16, "rope.dimension_count_swa": 8,
+        "rope.freq_base": 500.0, "rope.freq_base_swa": 300.0, "attention.shared_kv_layers": 2,
+        "attention.sliding_window_pattern": [True, False, True, False], "expert_count": 4,
+        "expert_used_count": 2, "expert_feed_forward_length": 64,
+    },
+}  # fmt: skip
+# The divisors of the frequencies that rotate, and of the others.
+DIVISORS = {"gemma4_text": [1.0] * 4 + [1e30] * 4}
+# Tensors that are no weight of a module there.
+ODD = {
+    "layer_scalar": "layer_output_scale.weight", "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+}  # fmt: skip
+PARTIAL = ("partial_rotary_factor", "rotary_pct")
+
+
+# Architectures whose files have 1 + the scales of norms.
+ADDED = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
+
+
+def apart(name, x, config, arch):
+    """A tensor as those of a file, under the names that the gguf package's table knows."""
+    module, _, last = name.partition(".linear_attn.")
+    if name.endswith("kv_b_proj.weight"):
+        each = x.reshape(config.num_attention_heads, -1, x.shape[1])
+        key = config.head_dim - config.rotary_dim
+        halves = {"k_b_proj": each[:, :key].swapaxes(1, 2), "v_b_proj": each[:, key:]}
+        return {name.replace("kv_b_proj", half): y for half, y in halves.items()}
+    if not last:
+        return {name: x}
+    heads, name = config.delta, name.replace("dt_bias", "dt_proj.bias")
+    x = -np.exp(x) if last == "A_log" else x[:, 0] if last == "conv1d.weight" else x
+    if last == "in_proj_qkvz.weight":
+        values = heads.value_heads // heads.key_heads * heads.value_dim
+        each = x.reshape(heads.key_heads, -1, x.shape[1])
+        ends = np.cumsum((heads.key_dim, heads.key_dim, values))
+        *qkv, gate = (y.reshape(-1, x.shape[1]) for y in np.split(each, ends, axis=1))
+        halves = {"qkv": np.concatenate(qkv), "z": gate}
+        return {name.replace("qkvz", half): y for half, y in halves.items()}
+    if arch == "qwen3next" or last == "norm.weight":
+        return {name: x}
+    # The first value heads of all key heads, then the second ones.
+    axis = int(last == "out_proj.weight")
+    size = heads.value_dim if last.startswith(("in_proj_qkv", "in_proj_z", "conv", "out")) else 1
+    rows = np.moveaxis(x, axis, 0)
+    first = len(rows) - heads.value_heads * size
+    turned = rows[first:].reshape(heads.key_heads, -1, size, *rows.shape[1:]).swapaxes(0, 1)
+    rows = np.concatenate((rows[:first], turned.reshape(rows[first:].shape)))
+    return {name: np.moveaxis(rows, 0, axis)}
+
+
+def as_converter(tensors, config, arch):
+    """Hugging Face's tensors under llama.cpp's names, in its order of rows, experts together."""
+    kind = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
+    table = get_tensor_name_map(kind, config.num_hidden_layers)
+    experts, out = {}, {}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    parts = {n: y for name, x in tensors.items() for n, y in apart(name, x, config, arch).items()}
+    for name, x in parts.items():
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if ".experts." in name:
+            before, _, after = name.partition(".experts.")
+            number, _, rest = after.partition(".")
+            if not rest:  # all of them are one tensor
+                out[f"{table.get_name(name)}.weight"] = x
+                continue
+            experts.setdefault(f"{before}.experts.{rest}", {})[int(number)] = x
+            continue
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        if block and (odd := ODD.get(name[block.end() :])):
+            out[f"blk.{block[1]}.{odd}"] = x
+            continue
+        part = name.split(".")[-2]
+        if arch in ("llama", "granite", "arcee", "smollm3") and part in heads:
+            x = x.reshape(heads[part], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        if arch == "gpt2" and part.startswith("c_") and name.endswith(".weight"):
+            x = x.T
+        if part == "query_key_value":
+            x = x.reshape(4, 3, 8, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+        added = arch in ADDED and "linear_attn" not in name
+        if added and name.endswith("norm.weight"):
+            x = x + 1
+        out[table.get_name(name, try_suffixes=(".weight", ".bias"))] = x
+    for name, each in experts.items():
+        stacked = np.stack([each[n] for n in sorted(each)])
+        out[table.get_name(name, try_suffixes=(".weight",))] = stacked
+    assert None not in out
+    return out
+
+
+def write(path, family, kind=GGMLQuantizationType.F32):
+    """A random model, and the file of it."""
+    config, arch = config_from_hf({**CASES[family], "model_type": family}), ARCHITECTURE_OF[family]
+    raw, model = config.to_hf(), models.init(jax.random.key(0), config)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
+    save_model(path.parent / "hf", model, params)
+    tensors = as_converter(load_file(path.parent / "hf/model.safetensors"), model.config, arch)
+    row = GGUF_ARCHITECTURES[arch]
+    stated = {**STATED, **{key: field for key, field in row.keys.items()}}
+    if family == "mixtral":
+        stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    if family in DIVISORS:
+        tensors["rope_freqs.weight"] = np.array(DIVISORS[family], np.float32)
+    with writing(path, arch) as writer:
+        each = {key: {**CASES[family], **raw}.get(row.renamed.get(field, field))
+                for key, field in stated.items()} | OWN.get(family, {})  # fmt: skip
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+               list: writer.add_array, str: writer.add_string}  # fmt: skip
+        for key, value in each.items():
+            if value is not None:
+                add[type(value)](f"{arch}.{key}", value)
+        if row.rotary:
+            writer.add_rope_dimension_count(model.config.rotary_dim)
+        writer.add_eos_token_id(2)
+        for name, x in tensors.items():
+            blocks = x.ndim > 1 and not x.shape[-1] % 32
+            own = kind if blocks else GGMLQuantizationType.F32
+            writer.add_tensor(name, quants.quantize(np.ascontiguousarray(x), own), raw_dtype=own)
+    return model, params
