@@ -124,7 +124,7 @@ def loader(
     *,
     batch_size: int,
     accumulation: int = 1,
-    buckets: int | Sequence[int] = 4,
+    buckets: int | Sequence[int] | None = None,
     pad_id: int = 0,
     seed: int = 0,
     epochs: int = 1,
@@ -138,7 +138,8 @@ def loader(
       data: tokenized examples, at least one.
       batch_size: rows of one forward pass.
       accumulation: forward passes of one optimizer step.
-      buckets: number of lengths (chosen to pad least), or the lengths themselves.
+      buckets: number of lengths (chosen to pad least), or the lengths themselves; by default 4 to
+        16, as many as save an epoch more than they take to compile.
       pad_id: the padding token.
       seed: seed of the shuffle.
       epochs: maximum number of epochs.
@@ -150,9 +151,13 @@ def loader(
       ValueError: the dataset is empty, or the buckets or rows are too short.
     """
     lengths = lengths_of(data)
+    step = batch_size * accumulation
+    ladder = (packed,)
+    if packed is None:
+        ladder = ladder_for(data, buckets, rows=step, spans=rows.spans)
     prepared = Loader(
         examples=data,
-        ladder=ladder_for(data, buckets, rows.spans) if packed is None else (packed,),
+        ladder=ladder,
         places={},
         epochs=epochs,
         batch_size=batch_size,

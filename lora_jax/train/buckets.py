@@ -21,6 +21,10 @@ MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, ti
 
 _MOST_RUNGS = 512
 
+# The default: between so many rungs, where each costs as much to compile as so many steps of the
+# longest batch.
+_LEAST, _MOST, _COMPILATION = 4, 16, 8
+
 
 class Bucket(NamedTuple):
     """The plan of one batch: a length and the examples padded to it.
@@ -41,13 +45,13 @@ class Bucket(NamedTuple):
 
 
 def ladder_for(
-    data: Sequence[Example], buckets: int | Sequence[int], spans: int
+    data: Sequence[Example], buckets: int | Sequence[int] | None, *, rows: int, spans: int
 ) -> tuple[int, ...]:
     """The ladder of a dataset, see `ladder_of`; images have the one length of their patches."""
     lengths = lengths_of(data)
-    if data[0].image is not None and isinstance(buckets, int):
+    if data[0].image is not None and not isinstance(buckets, Sequence):
         return (max(lengths),)
-    return ladder_of(buckets, lengths, spans)
+    return ladder_of(buckets, lengths, rows=rows, spans=spans)
 
 
 def widths_for(data: Sequence[Example], ladder: Sequence[int]) -> dict[int, tuple[int, ...]] | None:
@@ -72,24 +76,36 @@ def sizes_of(example: Example) -> tuple[int, int]:
 
 
 def ladder_of(
-    buckets: int | Sequence[int], lengths: Sequence[int], spans: int = 1
+    buckets: int | Sequence[int] | None, lengths: Sequence[int], *, rows: int, spans: int = 1
 ) -> tuple[int, ...]:
     """The ladder of so many rungs that pads these lengths least, or the one that is given.
 
     Args:
-      buckets: the number of rungs, or the rungs.
+      buckets: the number of rungs, or the rungs; None takes 4 to 16, those with the least work in
+        an epoch, where the compilation of a shape counts as eight steps of the longest batch.
       lengths: tokens of each example.
+      rows: examples of a step.
       spans: the number of devices that the tokens of a row are spread over.
 
     Raises:
       ValueError: as `best_ladder` and `check_ladder`, or a rung that the devices do not divide.
     """
+    multiple = row_multiple(spans)
     if isinstance(buckets, int):
-        return best_ladder(lengths, buckets, multiple=row_multiple(spans))
+        return best_ladder(lengths, buckets, multiple=multiple)
+    if buckets is None:
+        ladders = [best_ladder(lengths, n, multiple=multiple) for n in range(_LEAST, _MOST + 1)]
+        return min(ladders, key=lambda ladder: _work(ladder, lengths, rows))
     ladder = check_ladder(buckets, lengths)
     for rung in ladder:
         check_length("buckets", rung, spans)
     return ladder
+
+
+def _work(ladder: Sequence[int], lengths: Sequence[int], rows: int) -> int:
+    """The work of an epoch with its compilations, in tokens of a row."""
+    rungs = [batch.rung for batch in plan_once(lengths, ladder, rows)]
+    return sum(rungs) + len(set(rungs)) * _COMPILATION * ladder[-1]
 
 
 def row_multiple(spans: int) -> int:

@@ -51,7 +51,8 @@ class TrainConfig:
         `output_router_logits`. The evaluation loss stays without it.
       seed: seed of the data order and of dropout.
       buckets: number of lengths that batches are padded to (chosen to pad the data least), or the
-        lengths themselves.
+        lengths themselves; by default 4 to 16, as many as save an epoch more than they take to
+        compile.
       packing: put several examples side by side in a row, none of which attends to another, so
         that little is padding. `batch_size` then counts rows: a step learns more examples, and an
         epoch has fewer steps. "auto" packs where this saves a tenth of the work and an epoch
@@ -86,7 +87,7 @@ class TrainConfig:
     clip: float | None = 1.0
     balance_experts: bool = False
     seed: int = 0
-    buckets: int | tuple[int, ...] = 4
+    buckets: int | tuple[int, ...] | None = None
     packing: Packing = False
     packed_length: int | None = None
     eval_every: int | None = None
@@ -102,7 +103,7 @@ class TrainConfig:
         if self.output_dir is not None:
             # The only way to set a field of a frozen dataclass.
             object.__setattr__(self, "output_dir", check_path("output_dir", self.output_dir))
-        if not isinstance(self.buckets, int):
+        if not isinstance(self.buckets, int | None):
             object.__setattr__(self, "buckets", tuple(self.buckets))
         whole = ("steps", "batch_size", "accumulation", "packed_length", "eval_every",
                  "save_every", "keep")  # fmt: skip

@@ -76,7 +76,7 @@ def evaluator(
     data: Sequence[Example],
     *,
     batch_size: int = 8,
-    buckets: int | Sequence[int] = 4,
+    buckets: int | Sequence[int] | None = None,
     at: Placement | None = None,
     rows: Rows = TOGETHER,
 ) -> Evaluator:

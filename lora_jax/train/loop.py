@@ -259,7 +259,8 @@ def _evaluation(
     if not data and hooks.score is None:
         return None
     # As many buckets as in training but other lengths: evaluation data may be longer.
-    count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
+    given = config.buckets
+    count = len(given) if isinstance(given, tuple) else given
     options = {"batch_size": config.batch_size, "buckets": count, "at": at, "rows": rows}
     prepared = evaluator(model, data, **options) if data else None
 

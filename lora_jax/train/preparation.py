@@ -176,13 +176,14 @@ def arrange(
     """
     check_causal(model)
     lengths = lengths_of(data)
-    ladder = ladder_for(data, config.buckets, spans)
+    rows = config.batch_size * config.accumulation
+    ladder = ladder_for(data, config.buckets, rows=rows, spans=spans)
     able = _takes_packed(model, config)
     choice = choose(
         lengths,
         ladder,
         _row_length(config, lengths, spans),
-        rows=config.batch_size * config.accumulation,
+        rows=rows,
         # A model of the user's own may have no config: that of a small one.
         width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
         packing=config.packing if able else None,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
 from lora_jax.train.batches import _places_of, grid_of, padding_share
-from lora_jax.train.buckets import plan_epoch, plan_once, rung_of, shuffled
+from lora_jax.train.buckets import ladder_of, plan_epoch, plan_once, rung_of, shuffled
 from lora_jax.train.examples import data_hash
 from lora_jax.train.packing import choose
 
@@ -54,6 +54,21 @@ def test_best_ladder_coarsens_a_long_tail():
     lengths = np.arange(1, 100_000, 7)
     ladder = best_ladder(lengths.tolist(), 4)
     assert len(ladder) == 4 and padded(lengths, ladder) < 1.3 * lengths.sum()
+
+
+@pytest.mark.parametrize(("count", "rungs"), [(40, 4), (3200, 7), (40_000, 16)])
+def test_more_lengths_where_an_epoch_repays_their_compilation(count, rungs):
+    lengths = np.random.default_rng(0).geometric(0.01, count).clip(max=400).tolist()
+    ladder = ladder_of(None, lengths, rows=4)
+    assert len(ladder) == rungs
+
+    def steps(ladder):
+        """Of an epoch, in steps of the longest batch; a compilation counts as eight of them."""
+        batches = plan_once(lengths, ladder, 4)
+        return sum(b.rung for b in batches) / 400 + 8 * len({b.rung for b in batches})
+
+    others = [ladder_of(n, lengths, rows=4) for n in range(4, 17)]
+    assert steps(ladder) == min(map(steps, others))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 9))
