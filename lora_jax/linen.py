@@ -84,6 +84,11 @@ def functional(
                 "`mutable` follows `state`: the collections in it are mutable. For what the model "
                 'sows, pass `state={**state, "intermediates": {}}`'
             )
+        if "params" in params and "params" not in variables["params"]:
+            raise ValueError(
+                "`params` must be the parameters alone, got the collections of `module.init`: pass "
+                "the second result of `lora.linen.functional`"
+            )
         collections = {"params": params, **(held if state is None else state)}
         # Without `mutable`, linen raises where a call changes a collection: no update is lost.
         mutable = False if state is None else list(state)

@@ -83,6 +83,10 @@ def test_what_a_linen_model_sows_comes_with_the_state():
 def test_linen_needs_params():
     with pytest.raises(ValueError, match='has no "params" collection, only'):
         lora.linen.functional(LinenNet(), {"batch_stats": {}})
+    collections = LinenNet().init(jax.random.key(0), X)
+    fn, *_ = lora.linen.functional(LinenNet(), collections)
+    with pytest.raises(ValueError, match="`params` must be the parameters alone, got the collecti"):
+        lora.plan(CONFIG, fn, collections, X)
 
 
 def test_nnx_function_keeps_state_and_refuses_to_lose_it():

@@ -151,13 +151,11 @@ def loader(
       ValueError: the dataset is empty, or the buckets or rows are too short.
     """
     lengths = lengths_of(data)
-    step = batch_size * accumulation
-    ladder = (packed,)
-    if packed is None:
-        ladder = ladder_for(data, buckets, rows=step, spans=rows.spans)
     prepared = Loader(
         examples=data,
-        ladder=ladder,
+        ladder=(packed,)
+        if packed is not None
+        else ladder_for(data, buckets, rows=batch_size * accumulation, spans=rows.spans),
         places={},
         epochs=epochs,
         batch_size=batch_size,
