@@ -79,7 +79,7 @@ def layouts(model, data: list[train.Example]) -> dict:
     usual = {"batch_size": ROWS, "epochs": 1.0, "seed": 0}
     long = {"packed_length": LENGTH, "batch_size": max(1, ROWS * longest // LENGTH)}
     options = (
-        {"buckets": (longest,)}, {}, {"packing": True}, {"packing": True, **long},
+        {"buckets": (longest,)}, {"buckets": 4}, {"packing": True}, {"packing": True, **long},
     )  # fmt: skip
     return {
         kind: layout(model, data, train.TrainConfig(**{**usual, **own}))

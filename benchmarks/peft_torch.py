@@ -168,7 +168,7 @@ def main() -> None:
     model = models.load(source, remat="projections")  # as `lora-jax train` loads it
     ours, theirs = Steps(model), Theirs(source)
     texts = {
-        name: examples(DATA[name](options.data)[:2000], model.tokenizer)
+        name: examples(DATA[name](options.data), model.tokenizer)
         for name in dict.fromkeys(name for name, _ in CASES)
     }
     for data in texts.values():
