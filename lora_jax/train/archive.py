@@ -266,8 +266,17 @@ def _check_settings(was: dict, now: dict, *, where: str, newest: int) -> None:
     if newest == was["train"]["steps"] < now["train"]["steps"]:
         # A finished run goes on: its schedule is now that of the longer run.
         kept = [{k: v for k, v in run.items() if k not in _LENGTH} for run in kept]
-    _check_same(*kept, where)
-    _check_same(_named(was["lora"]), _named(now["lora"]), where)
+    before, after = ({**k, **_named(r["lora"])} for k, r in zip(kept, (was, now), strict=True))
+    changed = [
+        f"`{name}` was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise SettingsError(
+            f"{where} is of a run with another config: {'; '.join(changed)}; resume with the same"
+            " config, or choose another `output_dir`"
+        )
     if was["data"] != now["data"]:
         raise ValueError(
             f"{where} was trained on other data; resume with the same examples in the same order,"
@@ -281,16 +290,3 @@ _LENGTH = ("steps", "epochs")
 def _named(fields: dict | None) -> dict:
     """PEFT's fields of an adapter under the names of `LoraConfig`."""
     return {MAPPED[k][0] if k in MAPPED else k: value for k, value in (fields or {}).items()}
-
-
-def _check_same(was: dict, now: dict, where: str) -> None:
-    changed = [
-        f"`{name}` was {was.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
-    ]
-    if changed:
-        raise SettingsError(
-            f"{where} is of a run with another config: {'; '.join(changed)}; resume with the same"
-            " config, or choose another `output_dir`"
-        )

@@ -1,5 +1,6 @@
 """A run that a signal ends, whose newest checkpoint is damaged, or that another one joins."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 from lora_jax import checkpoint, train
 from lora_jax.train.config import steps_between_saves
 
+from tests.support import train_toys
 from tests.support.places import ROOT
 from tests.support.train_toys import (
     Toy,
@@ -162,9 +164,13 @@ def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path, stopped):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "8"]
 
 
-def test_another_run_is_no_damage(tmp_path, stopped):
+def test_another_run_is_no_damage(tmp_path, stopped, monkeypatch):
     run = shutil.copytree(stopped[0], tmp_path / "run")
-    with pytest.raises(ValueError, match="is of a run with another config: `learning_rate` was"):
+    # What differs in the run and in the adapter, in one sentence.
+    other = dataclasses.replace(train_toys.CONFIG, init="gaussian")
+    monkeypatch.setattr(train_toys, "CONFIG", other)
+    differing = "config: `init` was .* and is .gaussian.; `learning_rate` was .* and is 0.1; resume"
+    with pytest.raises(ValueError, match=differing):
         toy_fit(run, resume=True, tensorboard=False, learning_rate=0.1)
 
 
@@ -172,6 +178,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
     code = """
 import sys
 from lora_jax import train
+from tests.support import train_toys
 from tests.support.train_toys import toy_fit
 
 def stop(record):
