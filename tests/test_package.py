@@ -257,6 +257,11 @@ def test_a_signal_during_the_imports_ends_in_a_sentence(core, tmp_path, number, 
     assert (done.returncode, done.stderr) == (128 + number, f"lora-jax: {text}\n")
 
 
+def test_the_package_is_the_command_too(core, tmp_path):
+    done = run(core.python, "-m", "lora_jax", "train", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("lora-jax train: `--model` is missing")
+
+
 def test_the_core_needs_no_extra(core, tmp_path):
     """Everything for a model and a loop of one's own, with the core's packages alone."""
     _runs(core, AWAY + CORE, tmp_path)

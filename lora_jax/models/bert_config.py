@@ -28,7 +28,7 @@ from lora_jax.models.heads import (
     Task,
 )
 from lora_jax.models.layers import ACTIVATIONS
-from lora_jax.models.ranges import check_fields, check_raw
+from lora_jax.models.ranges import check_fields, check_object, check_raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +196,7 @@ class BertConfig:
           ValueError: an unknown family or class, or a field whose value changes results and is not
             supported.
         """
+        check_object(raw)
         _one_of("model_type", str(raw.get("model_type")), KINDS)
         kind = KINDS[raw["model_type"]]
         check_raw(raw)

@@ -23,7 +23,7 @@ from lora_jax.models.families import DIALECTS
 from lora_jax.models.heads import LANGUAGE
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.mixing import Mixing
-from lora_jax.models.ranges import RANGES, check_fields, check_range, check_rotation
+from lora_jax.models.ranges import RANGES, check_fields, check_object, check_range, check_rotation
 from lora_jax.models.reading import PLAIN, read_fields, with_plain_windows
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
@@ -373,6 +373,7 @@ class LlamaConfig:
           ValueError: an unknown family, a missing size, or a field whose value changes results and
             is not supported.
         """
+        check_object(raw)
         kind = str(raw.get("model_type"))
         if kind not in DIALECTS:
             raise unknown_type(kind, DIALECTS)

@@ -38,7 +38,7 @@ from lora_jax.models.layers import (
     stack_of,
 )
 from lora_jax.models.mixing import Mixing
-from lora_jax.models.ranges import check_fields, check_raw
+from lora_jax.models.ranges import check_fields, check_object, check_raw
 
 # Fields of config.json -> ours.
 _NAMES = {
@@ -166,6 +166,7 @@ class GPT2Config:
         Raises:
           ValueError: an invalid size, or a field whose value changes results and is not supported.
         """
+        check_object(raw)
         refuse_unsupported(raw, (*_NAMES, *_DROPOUT, *_WITHOUT_EFFECT, "eos_token_id"))
         check_raw(raw)
         if raw.get("n_ctx", (stated := raw.get("n_positions", 1024))) != stated:

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any, NamedTuple
 
+from lora_jax.config.arguments import kind_of
+
 
 class Range(NamedTuple):
     """The numbers that a field may have, both ends included."""
@@ -110,6 +112,19 @@ def check_range(name: str, value: Any, allowed: Range, prefix: str = "config: ")
     number = type(value) is int or (type(value) is float and not allowed.whole)
     if not number or not allowed.least <= value <= allowed.most:
         raise ValueError(f"{prefix}`{name}` must be {allowed}, got {_short(value)}")
+
+
+def check_object(raw: Any) -> None:
+    """Checks that what a configuration is read from is config.json's object, and no path or text.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(raw, Mapping):
+        raise TypeError(
+            f"`raw` must be the object in config.json, got {kind_of(raw)}: pass "
+            "`json.loads(path.read_text())`"
+        )
 
 
 def check_raw(

@@ -25,7 +25,6 @@ from typing import Any, Final, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config.arguments import kind_of
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.classifier import renamed_decoder
@@ -37,6 +36,7 @@ from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.model import Forward
+from lora_jax.models.ranges import check_object
 from lora_jax.models.t5_config import KINDS as T5_KINDS
 from lora_jax.models.t5_config import T5Config
 from lora_jax.models.vit import ImageForward
@@ -160,10 +160,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> Any:
       ValueError: an unknown model type, or a field whose value changes results and is not
         supported.
     """
-    if not isinstance(raw, Mapping):
-        raise TypeError(
-            f"`raw` must be the object in config.json, got {kind_of(raw)}: pass "
-            "`json.loads(path.read_text())`"
-        )
+    check_object(raw)
     check_readable(raw, ARCHITECTURES)
     return architecture_of(str(raw.get("model_type"))).from_hf(raw)

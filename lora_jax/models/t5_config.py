@@ -12,7 +12,7 @@ from lora_jax.models.dialect import (
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS
-from lora_jax.models.ranges import check_fields, check_raw
+from lora_jax.models.ranges import check_fields, check_object, check_raw
 
 # Fields of config.json -> ours.
 _NAMES = {
@@ -150,6 +150,7 @@ class T5Config:
         Raises:
           ValueError: a missing size, or a field whose value changes results and is not supported.
         """
+        check_object(raw)
         kind = KINDS[raw["model_type"]]
         refuse_unsupported(raw, (*_NAMES, *_WITHOUT_EFFECT, *_READ), _NEUTRAL)
         check_raw(raw)

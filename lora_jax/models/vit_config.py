@@ -9,7 +9,7 @@ from lora_jax.models.bert_kinds import FEATURES
 from lora_jax.models.classifier import labels_of, write_labels
 from lora_jax.models.dialect import refuse_unsupported
 from lora_jax.models.layers import ACTIVATIONS
-from lora_jax.models.ranges import COUNT, check_fields, check_range, check_raw
+from lora_jax.models.ranges import COUNT, check_fields, check_object, check_range, check_raw
 
 IMAGES: Final = "image-classification"
 ImageTask = Literal["features", "image-classification"]
@@ -131,6 +131,7 @@ class ViTConfig:
         Raises:
           ValueError: an unknown class, or a field whose value changes results and is not supported.
         """
+        check_object(raw)
         check_raw(raw)
         refuse_unsupported(raw, (*_PLAIN, "num_labels", "pooler"), {"is_encoder_decoder": (False,)})
         given = {name: raw[name] for name in _PLAIN if raw.get(name) is not None}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.models.sharding import check_length
-from lora_jax.train.examples import Example
+from lora_jax.train.examples import Example, check_data
 
 MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, tiles elsewhere
 
@@ -63,8 +63,10 @@ def lengths_of(data: Sequence[Example]) -> list[int]:
     """The number of tokens of each example.
 
     Raises:
+      TypeError: they are something else.
       ValueError: there are none.
     """
+    check_data("data", data)
     if len(data) == 0:
         raise ValueError("the dataset is empty; give at least one example")
     return [sum(sizes_of(e)) for e in data]

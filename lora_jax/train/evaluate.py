@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax.array import is_leaf, is_lora
 from lora_jax.config.arguments import SettingsError, check_count, kind_of
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
-from lora_jax.models.registry import ENCODER, IMAGE_ENCODER, kind_of_model
+from lora_jax.models.registry import ENCODER, ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.train.batches import Loader, loader, one_by_one
-from lora_jax.train.examples import Example
-from lora_jax.train.goals import goal_of
-from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
+from lora_jax.train.examples import Example, check_data
+from lora_jax.train.goals import Goal, goal_of
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, outputs_of, summed_loss
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
@@ -122,7 +123,8 @@ def evaluate(
       batch_size: rows of a forward pass; does not change the result.
 
     Raises:
-      ValueError: an encoder, or a batch that the mesh does not divide.
+      ValueError: an encoder, a token outside the vocabulary, or a batch that the mesh does not
+        divide.
     """
     check_model("train.evaluate(model, lora_params, data)", model)
     check_data("data", data)
@@ -135,6 +137,7 @@ def evaluate(
         model = model_on(model, placed, at)
         rows = rows_of(at, placed)
         prepared = evaluator(model, data, batch_size=batch_size, at=at, rows=rows)
+        check_tokens(model, placed, data, length=prepared.layout.ladder[0])
         return mean_loss(prepared, *trained_and_frozen(placed))
 
 
@@ -150,21 +153,6 @@ def check_model(call: str, model: Any) -> None:
             f"`model` must have `apply` and `tokenizer`, as one of `lora.models.load` has, "
             f"got {kind_of(model)} without `{missing[0]}`: call `lora.{call}` with the arguments "
             "in this order"
-        )
-
-
-def check_data(name: str, data: Any) -> None:
-    """Checks that data are a list of tokenized examples.
-
-    Raises:
-      TypeError: they are something else, such as records, texts or a path.
-    """
-    listed = isinstance(data, Sequence) and not isinstance(data, str | bytes | Example)
-    others = [x for x in data if not isinstance(x, Example)][:1] if listed else [data]
-    if others:
-        raise TypeError(
-            f"`{name}` must be a list of `Example`s, got {'one of ' * listed}{kind_of(others[0])}: "
-            "`lora.train.examples(records, tokenizer, max_length=...)` makes them"
         )
 
 
@@ -226,3 +214,80 @@ def pad_id_of(tokenizer: Any) -> int:
     """The padding token; 0 if there is none, as no real token attends to padding."""
     pad = None if tokenizer is None else tokenizer.pad_id
     return 0 if pad is None else pad
+
+
+def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, length: int) -> None:
+    """Checks that every token is in the vocabulary; the lookup of any other raises no error.
+
+    Args:
+      model, lora_params: the model, and its parameters with adapters.
+      data: the examples.
+      length: a number of tokens that the model takes.
+
+    Raises:
+      ValueError: a token is outside the vocabulary.
+    """
+    config = getattr(model, "config", None)
+    if (goal := goal_of(config)) is not None:
+        # The tokens of an image are zeros.
+        known = getattr(model.config, "vocab_size", 1)
+    else:
+        logits = lorafy(outputs_of(model))
+        # Shapes alone: nothing is computed.
+        token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
+        known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
+    for example in data:
+        tokens = example.tokens
+        _check_targets(example, goal, config)
+        _check_image(example, model)
+        if kind_of_model(model) == ENCODER_DECODER:
+            if example.read is None:
+                raise ValueError(
+                    f"{example.source}: the example has nothing for the encoder to read; make it "
+                    "with `examples(..., config=model.config)`"
+                )
+            tokens = np.concatenate((tokens, example.read))
+        if not 0 <= tokens.min() <= tokens.max() < known:
+            raise ValueError(
+                f"{example.source}: the example has token"
+                f" {max(tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
+                f" {known - 1}; tokenize with the model's own tokenizer"
+            )
+
+
+def _check_image(example: Example, model: Any) -> None:
+    """Refuses an image of another shape than the model's, or where it reads none."""
+    want, image = None, example.image
+    if kind_of_model(model) == IMAGE_ENCODER:
+        want = (model.config.num_channels, *model.config.image_size)
+    found = None if image is None else image.values.shape
+    if found != want:
+        raise ValueError(
+            f"{example.source}: the example has {_shown(found)}, and the model reads "
+            f"{_shown(want)}; make it with `{'examples' if want is None else 'image_examples'}`"
+        )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "text" if shape is None else f"images of shape {shape} (channels, height, width)"
+
+
+def _check_targets(example: Example, goal: Goal | None, config: Any) -> None:
+    """Refuses an example of another head than the model's."""
+    targets = example.targets
+    shape, dtype = ((), "") if goal is None else goal.target(config)
+    if (targets is None) != (goal is None) or (
+        targets is not None and (targets.shape[1:], targets.dtype.name) != (shape, dtype)
+    ):
+        raise ValueError(
+            f"{example.source}: the example is not for this model"
+            f"{'' if goal is None else f', whose head is for {goal.name}'}; make it with "
+            "`examples(..., config=model.config)`"
+        )
+    if targets is not None and dtype == "int32" and len(targets):
+        last = len(example.tokens) if shape else len(config.labels)
+        if not 0 <= targets.min() <= targets.max() < last:
+            raise ValueError(
+                f"{example.source}: the example has target {targets.max()}, expected 0 to "
+                f"{last - 1}"
+            )

@@ -381,3 +381,18 @@ _FORMS = {
     "text": _text, "prompt": _completion, "messages": _chat, "tokens": _of_a_head,
     "question": _of_a_head, "image": _of_a_head,
 }  # fmt: skip
+
+
+def check_data(name: str, data: Any) -> None:
+    """Checks that data are a list of tokenized examples.
+
+    Raises:
+      TypeError: they are something else, such as records, texts or a path.
+    """
+    listed = isinstance(data, Sequence) and not isinstance(data, str | bytes | Example)
+    others = [x for x in data if not isinstance(x, Example)][:1] if listed else [data]
+    if others:
+        raise TypeError(
+            f"`{name}` must be a list of `Example`s, got {'one of ' * listed}{kind_of(others[0])}: "
+            "`lora.train.examples(records, tokenizer, max_length=...)` makes them"
+        )

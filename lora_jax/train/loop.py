@@ -30,7 +30,7 @@ from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
 from lora_jax.train.batches import Batch, Item, iterate
 from lora_jax.train.config import TrainConfig, steps_between_saves
-from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss
+from lora_jax.train.evaluate import check_tokens, evaluator, lora_loss, mean_loss
 from lora_jax.train.examples import Example
 from lora_jax.train.flops import StepFlops
 from lora_jax.train.loss import Rows
@@ -173,7 +173,7 @@ def _fit(
     if hooks.layout is not None:
         hooks.layout(text)
     every = [*train_data, *(eval_data or ())]
-    preparation.check_tokens(model, lora_params, every, length=data.ladder[0])
+    check_tokens(model, lora_params, every, length=data.ladder[0])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
     loss = lora_loss(model, rows, balance=preparation.balance_of(model, config))
@@ -214,9 +214,13 @@ def _fit(
             flops=StepFlops(loss, 1 if at is None else at.mesh.size),
             clock=clock,
         )
-        state = _run(job, begin.state, begin.step, items)
-    if config.output_dir is not None and processes.is_first():
-        plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
+        try:
+            state = _run(job, begin.state, begin.step, items)
+        except (KeyboardInterrupt, SystemExit):
+            with contextlib.suppress(OSError):
+                _plot(config, history, total)
+            raise
+    _plot(config, history, total)
     return Result(
         lora_params=combine(state.trainable, frozen),
         history=history,
@@ -225,6 +229,13 @@ def _fit(
         compiled=tuple(programs.compiled),
         first_step=clock.first_step,
     )
+
+
+def _plot(config: TrainConfig, history: Sequence[dict], total: int) -> None:
+    """Writes the plot of the loss, of a run that was interrupted too."""
+    wanted = processes.is_first() and any(record["kind"] == "train" for record in history)
+    if wanted and config.output_dir is not None:
+        plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
 
 
 def _recorder(

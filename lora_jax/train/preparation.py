@@ -7,27 +7,23 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lora_jax import processes
 from lora_jax.checkpoint.agreement import check_adapter
 from lora_jax.compat import check_installed
 from lora_jax.config.arguments import check_argument, check_tree
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.registry import ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.models.sharding import check_length
 from lora_jax.multi.single import check_single
 from lora_jax.train.batches import Loader, loader
 from lora_jax.train.buckets import ladder_for, lengths_of, row_multiple, widths_for
 from lora_jax.train.config import TrainConfig, check_total, total_steps
-from lora_jax.train.evaluate import check_causal, check_data, check_model, pad_id_of, whole_rows
-from lora_jax.train.examples import Example, data_hash
-from lora_jax.train.goals import Goal, goal_of
-from lora_jax.train.loss import TOGETHER, Rows, outputs_of
+from lora_jax.train.evaluate import check_causal, check_model, pad_id_of, whole_rows
+from lora_jax.train.examples import Example, check_data, data_hash
+from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.memory import Memory
 from lora_jax.train.packing import Choice, choose
 from lora_jax.train.step import split_full
-from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import trained_and_frozen
 
 
@@ -259,80 +255,3 @@ def _takes_packed(model: Any, config: TrainConfig) -> bool:
             "`lora_jax.models.Forward.apply` has it"
         )
     return able
-
-
-def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, length: int) -> None:
-    """Checks that every token is in the vocabulary; the lookup of any other raises no error.
-
-    Args:
-      model, lora_params: the model, and its parameters with adapters.
-      data: the examples.
-      length: a number of tokens that the model takes.
-
-    Raises:
-      ValueError: a token is outside the vocabulary.
-    """
-    config = getattr(model, "config", None)
-    if (goal := goal_of(config)) is not None:
-        # The tokens of an image are zeros.
-        known = getattr(model.config, "vocab_size", 1)
-    else:
-        logits = lorafy(outputs_of(model))
-        # Shapes alone: nothing is computed.
-        token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
-        known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
-    for example in data:
-        tokens = example.tokens
-        _check_targets(example, goal, config)
-        _check_image(example, model)
-        if kind_of_model(model) == ENCODER_DECODER:
-            if example.read is None:
-                raise ValueError(
-                    f"{example.source}: the example has nothing for the encoder to read; make it "
-                    "with `examples(..., config=model.config)`"
-                )
-            tokens = np.concatenate((tokens, example.read))
-        if not 0 <= tokens.min() <= tokens.max() < known:
-            raise ValueError(
-                f"{example.source}: the example has token"
-                f" {max(tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
-                f" {known - 1}; tokenize with the model's own tokenizer"
-            )
-
-
-def _check_image(example: Example, model: Any) -> None:
-    """Refuses an image of another shape than the model's, or where it reads none."""
-    want, image = None, example.image
-    if kind_of_model(model) == IMAGE_ENCODER:
-        want = (model.config.num_channels, *model.config.image_size)
-    found = None if image is None else image.values.shape
-    if found != want:
-        raise ValueError(
-            f"{example.source}: the example has {_shown(found)}, and the model reads "
-            f"{_shown(want)}; make it with `{'examples' if want is None else 'image_examples'}`"
-        )
-
-
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "text" if shape is None else f"images of shape {shape} (channels, height, width)"
-
-
-def _check_targets(example: Example, goal: Goal | None, config: Any) -> None:
-    """Refuses an example of another head than the model's."""
-    targets = example.targets
-    shape, dtype = ((), "") if goal is None else goal.target(config)
-    if (targets is None) != (goal is None) or (
-        targets is not None and (targets.shape[1:], targets.dtype.name) != (shape, dtype)
-    ):
-        raise ValueError(
-            f"{example.source}: the example is not for this model"
-            f"{'' if goal is None else f', whose head is for {goal.name}'}; make it with "
-            "`examples(..., config=model.config)`"
-        )
-    if targets is not None and dtype == "int32" and len(targets):
-        last = len(example.tokens) if shape else len(config.labels)
-        if not 0 <= targets.min() <= targets.max() < last:
-            raise ValueError(
-                f"{example.source}: the example has target {targets.max()}, expected 0 to "
-                f"{last - 1}"
-            )

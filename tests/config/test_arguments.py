@@ -221,6 +221,8 @@ def test_data_that_are_no_examples_name_what_makes_them(name: str):
         "train_data": lambda: train.fit(Toy(), TOY_LORA, data, None, RUN),
         "data": lambda: train.evaluate(Toy(), TOY_LORA, data),
     }
+    with pytest.raises(TypeError, match=f"`data` {text}"):
+        train.loader(data, batch_size=1)
     if data is not None:  # no evaluation
         calls["eval_data"] = lambda: train.fit(Toy(), TOY_LORA, DATA, data, RUN)
     for argument, call in calls.items():
@@ -260,6 +262,11 @@ REFUSED = {
     "seed": (lambda: lora.models.init(0, SMALL), "`key` must be a PRNG key, got `int` 0"),
     "fields": (lambda: lora.models.init(KEY, {}), "`config` must be one of `lora.models`, .*`dict"),
     "json": (lambda: lora.models.config_from_hf("config.json"), "the object in config.json, got"),
+    "a path": (lambda: lora.models.LlamaConfig.from_hf("m"), "object in config.json, got `str"),
+    "b path": (lambda: lora.models.BertConfig.from_hf("m"), "object in config.json, got `str"),
+    "g path": (lambda: lora.models.GPT2Config.from_hf("m"), "object in config.json, got `str"),
+    "t path": (lambda: lora.models.T5Config.from_hf("m"), "object in config.json, got `str"),
+    "v path": (lambda: lora.models.ViTConfig.from_hf("m"), "object in config.json, got `str"),
     "count": (lambda: lora.models.load("nowhere", labels=2, fresh_head=KEY), "names, got 2"),
     "numbers": (lambda: lora.models.load("nowhere", labels=(0, 1), fresh_head=KEY), r"\(0, 1\)"),
     "head": (lambda: lora.models.load("nowhere", labels=("a",), fresh_head=0), "`fresh_head` must"),

@@ -43,7 +43,7 @@ FAULTS = [
          "jax.tree.map(lambda x: x[0], batch), jax.random.key(0))"),
     ),
     *in_file(
-        "train/preparation.py",
+        "train/evaluate.py",
         "tests/train/test_fit.py tests/train/test_full.py",
         ("<= tokens.max() < known:", "<= tokens.max() <= known:"),
     ),

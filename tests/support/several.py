@@ -39,7 +39,7 @@ def command(arguments: list[str], *others: list[str], meanwhile: Meanwhile | Non
     for number in range(2):
         own = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
         own += ["--process-id", str(number), *(others[number] if others else [])]
-        lines.append(["-m", "lora_jax.cli", *arguments, *own])
+        lines.append(["-m", "lora_jax", *arguments, *own])
     return ends_of(lines, 1, [None] * 2, meanwhile)
 
 

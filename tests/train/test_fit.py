@@ -191,7 +191,9 @@ def test_ctrl_c_saves_and_resumes_to_the_bit(tmp_path, whole):
         toy_fit(tmp_path, hooks=train.Hooks(record=press))
     assert signal.getsignal(signal.SIGINT) is before
     assert steps_on_disk(tmp_path) == [4, 6]
+    early = (tmp_path / "loss.png").read_bytes()
     result = toy_fit(tmp_path, resume=True)
+    assert early != (tmp_path / "loss.png").read_bytes()
     # The interrupted run evaluated at step 6 as the whole one did.
     assert numbers(result.history) == numbers(expected.history)
     assert_same_bits(result.lora_params, expected.lora_params)
@@ -330,6 +332,8 @@ def test_token_the_model_does_not_know_is_named():
             ValueError, match=f"d:7: .* token {token}, but the vocabulary ends at 22"
         ):
             toy_fit(data=[*rest, wrong])
+        with pytest.raises(ValueError, match=f"d:7: .* token {token}, but the vocabulary ends at"):
+            train.evaluate(Toy(), toy_lora(), [*rest, wrong])
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):

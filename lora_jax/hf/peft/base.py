@@ -5,6 +5,7 @@ hold them. A reader repeats LoftQ over the float base, or has a base that is qua
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
@@ -97,9 +98,16 @@ def warn_of_base(trained: str | None, lora_params: Any, source: str) -> None:
         warnings.warn(
             f"{source}: the adapter was trained over a base quantized with {trained}, but this one "
             f"is {f'quantized with {here}' if here else 'in floats'}: outputs differ from those in "
-            f"training; quantize the base with {trained}",
+            f"training; quantize the base with {trained}: {_flags_of(trained)}",
             stacklevel=3,
         )
+
+
+def _flags_of(trained: str) -> str:
+    """The settings of a command that quantize a base so."""
+    one = re.fullmatch(r'format="(\w+)", block_size=(\d+)', trained)
+    own = f'quantize="{one[1]}", quantize_block={one[2]}, or ' if one else ""
+    return f'{own}quantize="file" if its own file holds it so'
 
 
 def model_type_of(base: str | None) -> str | None:

@@ -117,7 +117,10 @@ def classes_of(text: str, fields: Mapping[str, Any]) -> list[str | None]:
 
 
 def card(
-    fields: Mapping[str, Any], auto_class: str | None = None, *, place: str = "this directory"
+    fields: Mapping[str, Any],
+    auto_class: str | None = None,
+    *,
+    place: str = "folder or hub id of this adapter",
 ) -> str:
     """The text of a model card.
 

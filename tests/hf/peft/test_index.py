@@ -129,7 +129,7 @@ def test_another_base_than_the_quantized_one_of_the_training_is_a_warning(tmp_pa
     api.load_peft(four, fn, base(format="nf4"), x)
     trained = 'over a base quantized with format="nf4", block_size=64, but this one is '
     with pytest.warns(
-        UserWarning, match=f"four: .* {trained}in floats: .*; quantize the base with form"
+        UserWarning, match=f"four: .* {trained}in floats: .* quantize=.nf4., quantize_block=64, or"
     ):
         loaded, _ = api.load_peft(four, fn, params, x)
     with pytest.warns(UserWarning, match=f'{trained}quantized with format="nf4", block_size=32'):
