@@ -231,21 +231,22 @@ def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:
 
 def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: Path) -> RopeScaling:
     """The llama3 scaling with these divisors of the frequencies."""
-    # The slowest plane has the whole factor. The edges are those of every Llama 3 release; divisors
-    # from other ones are refused below.
-    scaling = RopeScaling(
-        rope_type="llama3",
-        factor=float(divisors.max()),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
+    # The slowest plane has the whole factor. The edges are those of every release of Llama 3 and of
+    # Llama 4; divisors from other ones are refused below.
     plain = static_frequencies(head_dim, theta, None)
-    if divisors.shape == plain.shape and np.allclose(
-        plain / divisors, static_frequencies(head_dim, theta, scaling), rtol=1e-4
-    ):
-        return scaling
-    raise ValueError(f"{path}: the tensor `rope_freqs.weight` is not Llama 3's, not supported")
+    for edge in (4.0, 1.0) if divisors.shape == plain.shape else ():
+        scaling = RopeScaling(
+            rope_type="llama3",
+            factor=float(divisors.max()),
+            low_freq_factor=1.0,
+            high_freq_factor=edge,
+            original_max_position_embeddings=8192,
+        )
+        if np.allclose(plain / divisors, static_frequencies(head_dim, theta, scaling), rtol=1e-4):
+            return scaling
+    raise ValueError(
+        f"{path}: the tensor `rope_freqs.weight` is not that of a Llama, not supported"
+    )
 
 
 def base_of(config: Any) -> Base:

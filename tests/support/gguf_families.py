@@ -93,6 +93,14 @@ CASES = {
             "sliding_attention": dict(rope_type="default", rope_theta=300.0),
         },
     ),
+    "llama4_text": dict(
+        GROUPED, head_dim=8, num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=1,
+        intermediate_size_mlp=96, interleave_moe_layer_step=2, rope_theta=5e5,
+        rope_scaling=dict(
+            rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0,
+            original_max_position_embeddings=8192,
+        ),
+    ),
     "phi": dict(SIZES, num_key_value_heads=4, partial_rotary_factor=0.5),
     "gpt2": dict(
         vocab_size=64, n_embd=32, n_inner=96, n_layer=2, n_head=4, n_positions=64, eos_token_id=2
@@ -148,9 +156,11 @@ OWN = {
         "attention.sliding_window_pattern": [True, False, True, False], "expert_count": 4,
         "expert_used_count": 2, "expert_feed_forward_length": 64,
     },
+    "llama4_text": {"feed_forward_length": 96, "expert_feed_forward_length": 64,
+                    "interleave_moe_layer_step": 2},
 }  # fmt: skip
-# The divisors of the frequencies that rotate, and of the others.
-DIVISORS = {"gemma4_text": [1.0] * 4 + [1e30] * 4}
+# The divisors of the frequencies.
+DIVISORS = {"gemma4_text": [1.0] * 4 + [1e30] * 4, "llama4_text": [1.0, 1.0, 1.0, 16.0]}
 # Tensors that are no weight of a module there.
 ODD = {
     "layer_scalar": "layer_output_scale.weight", "router.scale": "ffn_gate_inp.scale",
@@ -206,6 +216,12 @@ def as_converter(tensors, config, arch):
         if ".experts." in name:
             before, _, after = name.partition(".experts.")
             number, _, rest = after.partition(".")
+            if arch == "llama4":  # (in, out), gate beside up
+                x = x.swapaxes(1, 2)
+                parts = ("gate_proj", "up_proj") if number == "gate_up_proj" else (number,)
+                for part, one in zip(parts, np.split(x, len(parts), axis=1), strict=True):
+                    out[f"{table.get_name(f'{before}.experts.{part}')}.weight"] = one
+                continue
             if not rest:  # all of them are one tensor
                 out[f"{table.get_name(name)}.weight"] = x
                 continue

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
-from lora_jax.hf.gguf.fields import Stated, delta, gemma4, latent
+from lora_jax.hf.gguf.fields import Stated, delta, gemma4, latent, llama4
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -305,6 +305,18 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
              "rope.dimension_count_swa", "attention.head_count_kv", "feed_forward_length",
              "expert_count", "expert_used_count", "expert_feed_forward_length"),
         read=gemma4,
+    ),
+    "llama4": GgufArchitecture(
+        "llama4_text",
+        (*_ATTENTION, *(f"feed_forward.{part}{name}_proj" for part in ("", "shared_expert.")
+                        for name in ("gate", "up", "down")), "feed_forward.router"),
+        (*_NORMS, *(f"feed_forward.experts.{name}_proj" for name in ("gate", "up", "down"))),
+        experts="feed_forward.experts",
+        keys={**_RMS, "expert_count": "num_local_experts",
+              "expert_used_count": "num_experts_per_tok",
+              "interleave_moe_layer_step": "interleave_moe_layer_step"},
+        own=("expert_feed_forward_length", "attention.sliding_window"),
+        read=llama4,
     ),
     "phi3": GgufArchitecture(
         "phi3",

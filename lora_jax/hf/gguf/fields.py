@@ -1,6 +1,7 @@
 """Fields of config.json that a GGUF file states otherwise: block by block, or by its tensors.
 
-Source: llama.cpp's `conversion/gemma.py`, `deepseek.py` and `qwen.py`, and `src/models/gemma4.cpp`.
+Source: llama.cpp's `conversion/gemma.py`, `deepseek.py` and `qwen.py`, and `src/models/gemma4.cpp`
+and `llama4.cpp`.
 """
 
 from collections.abc import Mapping
@@ -175,6 +176,28 @@ def _checked(sizes: list[Any], names: tuple[str, ...]) -> DeltaHeads:
     if sizes[1] % sizes[0]:
         raise ValueError(f"`{names[1]}` {sizes[1]} is not a multiple of `{names[0]}` {sizes[0]}")
     return DeltaHeads(*sizes)
+
+
+def llama4(stated: Stated) -> dict[str, Any]:
+    """Llama 4's fields; llama.cpp has most of them as constants.
+
+    Raises:
+      ValueError: a key missing, or a model without texts cut into pieces.
+    """
+    facts = stated.facts
+    if facts.get("attention.sliding_window") == 0:
+        raise ValueError("`attention.sliding_window` = 0, which cuts no text, is not supported")
+    return {
+        "intermediate_size": _whole(facts, "expert_feed_forward_length"),
+        "intermediate_size_mlp": facts["feed_forward_length"],
+        # By the number of experts: Maverick has 128.
+        "use_qk_norm": facts.get("expert_count") != 128,
+        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(facts["block_count"])],
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    }
 
 
 def short(value: float) -> float:

@@ -1,5 +1,7 @@
 """GGUF bases of many families, written under the gguf package's names as the converter does."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,23 +12,24 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
-from lora_jax.hf.gguf.experts import FactorPair, together
+from lora_jax.hf.gguf.experts import FactorPair, multipliers, together
+from lora_jax.hf.gguf.fields import Stated
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
-from lora_jax.hf.gguf.lora_read import load_gguf_lora
-from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf
-from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base
+from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, read_base
 from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
 from lora_jax.models.saving import save_model
 
-from tests.support.gguf_families import ADDED, CASES, TOKENS, as_converter, write
+from tests.support.gguf_families import ADDED, CASES, DIVISORS, OWN, TOKENS, as_converter, write
 from tests.support.gguf_files import adapted, config_with
 
 pytestmark = pytest.mark.once
 
 QUICK = ("mixtral", "glm4_moe", "gpt_neox", "gpt2", "deepseek_v3")
 EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-SLOW = ("qwen3_moe", "gemma4_text")
+SLOW = ("qwen3_moe", "gemma4_text", "llama4_text")
 EXPERTS = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -48,6 +51,9 @@ def test_a_base_is_the_model_it_was_made_of(family, tmp_path):
     got, want = loaded.apply(loaded.params, TOKENS), model.apply(params, TOKENS)
     # float32; the file rounds factors to it.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    base = base_of(loaded.config)
+    # DeepSeek's file counts one head of keys, whose rows it does not reorder.
+    assert read_base(tmp_path / "m.gguf")._replace(kv_heads=base.kv_heads) == base
     row = GGUF_ARCHITECTURES[ARCHITECTURE_OF[family]]
     applied = [module for module in row.linears if module not in row.unadapted]
     config = config_with(target_modules=applied[:2])
@@ -69,7 +75,8 @@ def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
     tree = adapted(held, config)
     result = save_requantized(tmp_path / "out.gguf", held, tree)
     blocks = held.config.num_hidden_layers
-    assert result.weights == blocks * (1 + 4) and 0 < result.error < 0.02
+    with_experts = 2 if family == "llama4_text" else blocks
+    assert result.weights == blocks + with_experts * 4 and 0 < result.error < 0.02
     back = models.load(tmp_path / "out.gguf")
     for got, want in zip(
         jax.tree.leaves(back.params), jax.tree.leaves(lora.merge(tree)), strict=True
@@ -143,3 +150,63 @@ def test_an_adapter_of_each_expert_is_one_of_all():
             change = tensors[key.replace("lora_A", "lora_B")] @ want * config_with().alpha / 2
             # float32
             np.testing.assert_allclose(alpha / len(a) * (b @ a), change, rtol=1e-5, atol=1e-5)
+
+
+STATED_OF = {
+    family: {
+        "block_count": 4, "expert_count": 4, "rope.freq_base": 500.0,
+        **OWN[family],
+    }
+    for family in ("gemma4_text", "llama4_text")
+}  # fmt: skip
+BLOCKS = "`attention.sliding_window_pattern` must have a whole number for each of 4 blocks"
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "text"),
+    [
+        ("gemma4_text", {"attention.sliding_window_pattern": [1, 1, 1, 1]}, "the last block has a"),
+        ("gemma4_text", {"attention.sliding_window_pattern": None}, BLOCKS),
+        ("gemma4_text", {"attention.key_length_swa": 0}, "must be a whole number above 0, got 0"),
+        ("gemma4_text", {"rope.dimension_count_swa": 4}, "over a part of each head of blocks"),
+        ("gemma4_text", {"rope.freq_base_swa": "a"}, "`rope.freq_base_swa` must be a number"),
+        ("gemma4_text", {"feed_forward_length": [64, 128, 64, 64]}, "is not supported"),
+        ("gemma4_text", {"attention.head_count_kv": [2, 1, 4, 1]}, "is not supported"),
+        ("gemma4_text", None, "`rope_freqs.weight` is missing"),
+        ("llama4_text", {"attention.sliding_window": 0}, "cuts no text, is not supported"),
+        ("llama4_text", {"expert_feed_forward_length": [1]}, "must be a whole number above 0"),
+    ],
+)
+def test_what_a_file_states_otherwise_is_checked(family, change, text):
+    read = GGUF_ARCHITECTURES[ARCHITECTURE_OF[family]].read
+    divisors = np.array(DIVISORS[family], np.float32)
+    facts, shapes = STATED_OF[family], {"model.embed_tokens.weight": (64, 32)}
+    assert read(Stated(facts, shapes, divisors))
+    divisors = None if change is None else divisors
+    with pytest.raises(ValueError, match=re.escape(text)):
+        read(Stated({**facts, **(change or {})}, shapes, divisors))
+
+
+def test_adapters_of_gemma4s_experts_need_the_base(tmp_path):
+    """llama.cpp multiplies an expert's result by a number of the base before it adds an adapter."""
+    base, rng = Base("gemma4", 1, 4, 2, 64, True), np.random.default_rng(0)
+    module = "base_model.model.model.layers.0.experts"
+    a, b = rng.normal(size=(4 * 2, 6)), rng.normal(size=(8, 2 * 4))
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    config = config_with(target_modules=(), target_parameters=("experts.down_proj",), rank=2)
+    with pytest.raises(ValueError, match="the base's weights are needed"):
+        to_gguf(tensors, config, base)
+    params = {"model": {"layers": {"router": {"per_expert_scale": np.array([[1.0, 2, 0, -0.5]])}}}}
+    by = multipliers(params, GGUF_ARCHITECTURES["gemma4"])
+    content = to_gguf(tensors, config, base, by)
+    for e, number in enumerate((1, 2, 0, -0.5)):
+        found = content.tensors["blk.0.ffn_down_exps.weight.lora_b"][e]
+        np.testing.assert_allclose(found, number * b[:, e::4], rtol=1e-6)  # float32
+    write_gguf_lora(tmp_path / "a.gguf", content, base)
+    with pytest.raises(ValueError, match="the base's weights are needed"):
+        read_gguf_lora(tmp_path / "a.gguf", base=base)
+    _, back = read_gguf_lora(tmp_path / "a.gguf", base=base, params=params)
+    want = b.copy()
+    want[:, 2::4] = 0  # whatever its adapter, this expert gives nothing
+    np.testing.assert_allclose(back[f"{module}.lora_B.weight"], want, rtol=1e-6)
+    np.testing.assert_allclose(back[f"{module}.lora_A.weight"], a, rtol=1e-6)
