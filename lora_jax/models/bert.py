@@ -57,6 +57,8 @@ class Stack(nnx.Module):
                 self.rel_embeddings = build.table(2 * config.own.span)
             if config.own.normed:
                 self.LayerNorm = build.norm()
+            if config.own.taps:
+                self.conv = deberta.Convolution(build)
         self.layer = block(build) if scan else nnx.Dict({str(i): block(build) for i in numbers})
 
 
@@ -67,6 +69,7 @@ class Encoder(nnx.Module):
         config = build.config
         self.blocks, self.own = config.kind.blocks, config.own
         self.measured = config.kind.family == "deberta" and config.own.distances > 0
+        self.convolved = config.kind.family == "deberta" and config.own.taps > 0
         self.embeddings = Embeddings(build)
         self.projects = config.embedded_size != config.hidden_size
         if self.projects:
@@ -92,6 +95,15 @@ class Encoder(nnx.Module):
         found: Any = getattr(self, self.blocks)
         vectors = found.rel_embeddings(deberta.distance_rows(tokens, self.own))
         return found.LayerNorm(vectors) if self.own.normed else vectors
+
+    def after(
+        self, x: Float[Array, "b t d"], mask: Bool[AnyArray, "b t"] | None
+    ) -> Callable[[Float[Array, "b t d"], Any], Float[Array, "b t d"]]:
+        """A function of a block's result and its number; DeBERTa's may change the first one's."""
+        if not self.convolved:
+            return lambda y, number: y
+        found: Any = getattr(self, self.blocks)
+        return found.conv.after(x, mask)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The hidden states, which are the last block's."""
@@ -189,10 +201,15 @@ def hidden_states(
     turned = modernbert.rotations(config, positions) if modern else ()
     by = Attending(of_whole_rows(mask, over), over, turned, encoder.distances(tokens.shape[1]))
     x = encoder.embed(tokens, token_type_ids, positions)
+    after = encoder.after(x, mask)
+
+    def call(block: Any, x: Float[Array, "b t d"], number: Any, own: Any) -> Float[Array, "b t d"]:
+        return on_rows(after(block(on_rows(x, rows, over), by, own), number), rows, over)
+
     x = run_blocks(
         encoder.stack,
         on_rows(x, rows, over),
-        lambda block, x, number, own: on_rows(block(on_rows(x, rows, over), by, own), rows, over),
+        call,
         wrap=wrap,
         each=config.slides,
     )

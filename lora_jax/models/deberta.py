@@ -5,22 +5,28 @@
 K_r and Q_r are the keys and queries of a table of distances, one for all blocks. δ is the distance,
 of which those beyond half of the buckets share rows by their logarithm, in versions 2 and 3.
 
+Large models of version 2 add what a convolution of the first block's input says to its result:
+
+    y <- LayerNorm(y + act(Conv(x)))
+
 B batch, T tokens, D width, N heads, H size of a head, C = 2 T - 1 distances.
 
 Sources: He et al. 2020, arXiv:2006.03654, equation 4; He et al. 2021, arXiv:2111.09543.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.bert_parts import Attending, Build
 from lora_jax.models.deberta_config import Deberta
-from lora_jax.models.layers import kept
+from lora_jax.models.layers import ACTIVATIONS, kept
 from lora_jax.models.mixing import Mixing, mix
 
 
@@ -81,6 +87,33 @@ def _of_pairs(x: Float[Array, "b n t c"]) -> Float[Array, "b n t t"]:
     *batch, t, c = x.shape
     flat = x.reshape(*batch, t * c)[..., t - 1 : t * c - 1]
     return flat.reshape(*batch, t, c - 1)[..., :t] if t > 1 else x
+
+
+class Convolution(nnx.Module):
+    """What the neighbours of each token add to the first block's result."""
+
+    def __init__(self, build: Build) -> None:
+        config, own = build.config, build.config.own
+        self.act = own.conv_act
+        self.conv = nnx.Conv(
+            config.hidden_size, config.hidden_size, (own.taps,), feature_group_count=own.groups,
+            dtype=build.dtype, param_dtype=build.param_dtype, rngs=build.rngs,
+        )  # fmt: skip
+        self.LayerNorm = build.norm()
+
+    def after(
+        self, x: Float[Array, "b t d"], mask: Bool[AnyArray, "b t"] | None
+    ) -> Callable[[Float[Array, "b t d"], Int[Array, ""]], Float[Array, "b t d"]]:
+        """A function of a block's result and number, from the first block's input; no padding."""
+        real = None if mask is None else jnp.asarray(mask)[..., None].astype(x.dtype)
+        near = self.conv(x if real is None else x * real)
+        near = ACTIVATIONS[self.act](near if real is None else near * real)
+
+        def run(y: Float[Array, "b t d"], number: Int[Array, ""]) -> Float[Array, "b t d"]:
+            # Of every block, which is cheap beside a branch in the loop over blocks.
+            return jnp.where(number == 0, self.LayerNorm(y + near), y)
+
+        return run
 
 
 def distance_rows(tokens: int, own: Deberta) -> np.ndarray:

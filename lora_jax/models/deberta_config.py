@@ -11,7 +11,8 @@ _SPLIT = "|"  # between the words of a field
 # Fields without effect here.
 _CARRIED = ("cls_dropout", "mask_token_id", "padding_idx", "pooler_dropout", "sep_token_id")
 KNOWN = (
-    *_CARRIED, "attention_head_size", "conv_kernel_size", "legacy", "max_relative_positions",
+    *_CARRIED, "attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "legacy",
+    "max_relative_positions",
     "norm_rel_ebd", "pooler_hidden_act", "pooler_hidden_size", "pos_att_type",
     "position_biased_input", "position_buckets", "relative_attention", "share_att_key", "z_steps",
 )  # fmt: skip
@@ -33,6 +34,9 @@ class Deberta(NamedTuple):
       placed: embeddings have a table of positions too.
       pooler_act: activation of the classifier's first layer.
       legacy: the masked-LM head has BERT's names.
+      taps: tokens that the convolution beside the first block reads; 0 without one.
+      groups: of its channels.
+      conv_act: its activation.
     """
 
     parts: tuple[str, ...] = ()
@@ -43,6 +47,9 @@ class Deberta(NamedTuple):
     placed: bool = True
     pooler_act: str = "gelu"
     legacy: bool = True
+    taps: int = 0
+    groups: int = 1
+    conv_act: str = "tanh"
 
     @property
     def span(self) -> int:
@@ -59,7 +66,6 @@ def read_deberta(raw: Mapping[str, Any]) -> Deberta:
     width = raw["hidden_size"]
     for name, only in (
         ("attention_head_size", width // raw["num_attention_heads"]),
-        ("conv_kernel_size", 0),
         ("pooler_hidden_size", width),
         ("z_steps", 0),
     ):
@@ -70,10 +76,12 @@ def read_deberta(raw: Mapping[str, Any]) -> Deberta:
     norms = set(_words(raw.get("norm_rel_ebd") or "none"))
     parts = tuple(sorted(_words(raw.get("pos_att_type") or "")))
     act = raw.get("pooler_hidden_act") or "gelu"
+    taps, groups, conv_act = _convolution(raw)
     for name, got, known in (
         ("norm_rel_ebd", norms, ("none", "layer_norm")),
         ("pos_att_type", {*parts}, _PARTS),
         ("pooler_hidden_act", {act}, ACTIVATIONS),
+        ("conv_act", {conv_act}, ACTIVATIONS),
     ):
         if not got <= {*known}:
             raise ValueError(f"config: `{name}` must be of {', '.join(known)}, got {raw[name]!r}")
@@ -84,6 +92,9 @@ def read_deberta(raw: Mapping[str, Any]) -> Deberta:
         placed=raw.get("position_biased_input") is not False,
         pooler_act=act,
         legacy=raw.get("legacy") is not False,
+        taps=taps,
+        groups=groups,
+        conv_act=conv_act,
     )
     if not raw.get("relative_attention"):
         return plain
@@ -93,6 +104,23 @@ def read_deberta(raw: Mapping[str, Any]) -> Deberta:
         buckets=_at_least_one("position_buckets", raw.get("position_buckets") or -1),
         shared=bool(raw.get("share_att_key")),
     )
+
+
+def _convolution(raw: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Taps, groups and activation of the convolution, with transformers' defaults."""
+    taps = _at_least_one("conv_kernel_size", raw.get("conv_kernel_size") or 0)
+    groups = raw.get("conv_groups") or 1
+    if not taps:
+        return 0, 1, "tanh"
+    check_range("conv_groups", groups, COUNT)
+    # torch pads an even number of taps to one token less, which no class of transformers takes.
+    for name, wrong, want in (
+        ("conv_kernel_size", not taps % 2, "odd"),
+        ("conv_groups", raw["hidden_size"] % groups, "a divisor of `hidden_size`"),
+    ):
+        if wrong:
+            raise ValueError(f"config: `{name}` must be {want}, got {raw[name]}")
+    return taps, groups, raw.get("conv_act") or "tanh"
 
 
 def _words(value: Any) -> list[str]:
@@ -120,7 +148,9 @@ def write_deberta(own: Deberta) -> dict[str, Any]:
         "position_buckets": own.buckets or -1,
         "relative_attention": own.distances > 0,
         "share_att_key": own.shared,
-    }
+        **({"conv_kernel_size": own.taps, "conv_groups": own.groups, "conv_act": own.conv_act}
+           if own.taps else {}),
+    }  # fmt: skip
 
 
 def head_of(own: Deberta, task: Task, head: Head) -> Head:

@@ -157,7 +157,8 @@ def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") 
     if at.tokens is None and at.mesh.shape.get(TOKENS, 1) > 1:
         raise ValueError(
             f'`mesh` has {at.mesh.shape[TOKENS]} devices along "{TOKENS}", which spreads the '
-            "tokens of a row, and of the models only those of `lora_jax.models` do that: use "
+            "tokens of a row, and of the models only decoders and encoders of BERT's kind in "
+            "`lora_jax.models` do that: use "
             "`data`, `fsdp` or `tensor`, or an axis of another name"
         )
     if batch_size % at.parts:

@@ -95,6 +95,12 @@ CASES = {
     ),
     "deberta without distances": ("deberta-v2", "features", dict(relative_attention=False)),
     "deberta finds answers": ("deberta-v2", "question-answering", {}),
+    "deberta with a convolution": (
+        "deberta-v2", "sequence-classification", dict(conv_kernel_size=3, conv_act="gelu"),
+    ),
+    "deberta with a convolution in groups": (
+        "deberta-v2", "features", dict(conv_kernel_size=5, conv_groups=2),
+    ),
 }  # fmt: skip
 
 
@@ -136,7 +142,7 @@ def theirs(model, tokens, mask, types):
     with torch.no_grad():
         out = model(
             torch.tensor(tokens),
-            attention_mask=torch.tensor(mask),
+            attention_mask=torch.tensor(mask).long(),  # a convolution takes no bools
             **typed(model.config, torch.tensor(types)),
         )
     return {name: x.float().numpy() for name, x in out.items()}
@@ -331,7 +337,9 @@ def test_deberta_reads_rows_longer_than_its_distances(saved):
 def test_what_deberta_has_not_is_refused(saved):
     raw = models.load(saved("deberta").directory).config.to_hf()
     for fields, text in (
-        (dict(conv_kernel_size=3), "`conv_kernel_size` 3 is not supported for `deberta-v2`"),
+        (dict(conv_kernel_size=4), "`conv_kernel_size` must be odd, got 4"),
+        (dict(conv_kernel_size=3, conv_groups=7), "`conv_groups` must be a divisor of `hidden_s"),
+        (dict(conv_kernel_size=3, conv_act="elu"), "`conv_act` must be of silu, .*, got 'elu'"),
         (dict(norm_rel_ebd="batch_norm"), "`norm_rel_ebd` must be of none, layer_norm"),
         (dict(pos_att_type=["p2p"]), "`pos_att_type` must be of c2p, p2c"),
         (dict(position_buckets=2.5), "`position_buckets` must be a whole number"),

@@ -235,6 +235,8 @@ GPT2 = Family(
 _BERT_RULES = (
     Rule("*LayerNorm", "weight", "scale"),
     Rule("*_embeddings", "weight", "embedding"),
+    # DeBERTa's, (taps, in, out) here.
+    Rule("*encoder.conv.conv", "weight", "kernel", (2, 1, 0)),
 )
 
 # The norm of RoBERTa's masked-LM head is called `layer_norm`.

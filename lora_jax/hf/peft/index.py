@@ -281,7 +281,12 @@ def named_targets(index: AdapterIndex) -> list[str]:
     # PEFT compares the ends of names, so a last component also matches modules elsewhere.
     adapted = set(index.adapted)
     every = set(every_module(index.leaves, index.config))
-    short = {name.rpartition(".")[2] for name in adapted}
+    # Of one that is its parent's too (DeBERTa's `conv.conv`) PEFT would wrap the parent.
+    parents = {part for name in every for part in name.split(".")[:-1]}
+    lasts = {name: name.rpartition(".")[2] for name in adapted}
+    short = {
+        ".".join(name.split(".")[-2:]) if last in parents else last for name, last in lasts.items()
+    }
     matched = {n for n in every if any(matching.ends_with(n, s) for s in short)}
     excluded = {n for n in every if matching.is_excluded(index.config, n)}
     return sorted(short if matched - excluded == adapted else adapted)

@@ -82,6 +82,14 @@ MODELS = {
         pos_att_type=["p2c", "c2p"],
         position_biased_input=False,
     ),
+    "convolved": dict(
+        CLASSIFIER,
+        model_type="deberta-v2",
+        type_vocab_size=0,
+        position_biased_input=False,
+        conv_kernel_size=3,
+        conv_act="gelu",
+    ),
     "tokens": dict(SIZES, model_type="bert", auto="AutoModelForTokenClassification"),
     "answers": dict(
         {**SIZES, "num_labels": 2}, model_type="roberta", auto="AutoModelForQuestionAnswering"
@@ -118,7 +126,7 @@ def torch_outputs(model):
 
     with torch.no_grad():
         tokens = torch.tensor(TOKENS, dtype=torch.long)
-        return model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK))
+        return model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK).long())
 
 
 def torch_logits(model) -> np.ndarray:
@@ -152,8 +160,9 @@ def bases(made):
     """Our models of both kinds, each loaded once."""
     return {
         kind: lora.models.load(made(kind).directory)
-        for kind in ("bert", "roberta", "electra", "distilbert", "llama", "modernbert", "deberta")
-    }
+        for kind in ("bert", "roberta", "electra", "distilbert", "llama", "modernbert", "deberta",
+                     "convolved")
+    }  # fmt: skip
 
 
 def of_both(cases, *robertas):
@@ -179,6 +188,7 @@ OTHERS = [
     *(("distilbert", case) for case in CASES if case not in ("one-layer", "all-linear-rslora")),
     *(("modernbert", case) for case in CASES if case not in ("bias-saved", "one-layer")),
     *(("deberta", case) for case in CASES),
+    *(("convolved", case) for case in ("plain", "all-linear-rslora", "dora", "bias")),
     *(("llama", case) for case in CASES if case != "bias-saved"),
 ]
 LLAMA = {
@@ -199,6 +209,7 @@ DEBERTA = {
     "value": "value_proj",
     r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.self\.query_proj",
 }
+CONVOLVED = {"query": "query_proj", "key": "key_proj", "value": "conv.conv"}
 DISTIL = {
     "query": "q_lin", "key": "k_lin", "value": "v_lin", "output.dense": "lin2",
     r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.q_lin",
@@ -208,7 +219,13 @@ DISTIL = {
 
 def spelled(kind: str, fields: Any) -> Any:
     """The fields by the names of a model's modules."""
-    known = {"distilbert": DISTIL, "llama": LLAMA, "modernbert": MODERN, "deberta": DEBERTA}
+    known = {
+        "convolved": CONVOLVED,
+        "distilbert": DISTIL,
+        "llama": LLAMA,
+        "modernbert": MODERN,
+        "deberta": DEBERTA,
+    }
     names = known.get(kind, {})
     if isinstance(fields, dict):
         return {names.get(k, k): spelled(kind, v) for k, v in fields.items()}
@@ -268,6 +285,7 @@ OURS = {
         *(pytest.param(k, "all-linear", marks=pytest.mark.slow) for k in ("electra", "distilbert")),
         ("llama", "all-linear"),
         pytest.param("deberta", "all-linear", marks=pytest.mark.slow),
+        pytest.param("convolved", "all-linear", marks=pytest.mark.slow),
         pytest.param("modernbert", "all-linear", marks=pytest.mark.slow),
     ],
 )
