@@ -4,6 +4,7 @@ Python gets a panic as an error that is no Exception. Before, Rust has written a
 the process's stderr, which nothing in Python turns off.
 """
 
+import atexit
 import contextlib
 import os
 import tempfile
@@ -75,4 +76,6 @@ def _empty(held: int, *, show: bool) -> None:
 
 @lru_cache(maxsize=1)
 def _file() -> Any:
-    return tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()
+    atexit.register(file.close)
+    return file
