@@ -212,12 +212,15 @@ FAULTS = [
         "plan/usage.py",
         "tests/plan/test_usage.py",
         ("track.picked) - _parted(eqn, k, track, axes)", "track.picked)"),
+        ("counted = eqn.invars[1].aval.ndim == 1", "counted = True"),
+        ('("lookup", "rows", "picked"):', '("lookup", "rows"):'),
         ("if any(shape[i] > 1 and not track.dims[i] <= track.picked for i in free):", "if False:"),
     ),
     *in_file(
         "plan/roles.py",
         "tests/plan/test_usage.py",
         ("if moved and any(shape[d] > 1 for d in outs - moved):", "if moved:"),
+        ('if use.kind != "picked"]', "if True]"),
         ('min(of_kind, key=lambda use: use.constant and kind == "contract")', "of_kind[0]"),
     ),
     *in_file(
