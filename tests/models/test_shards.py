@@ -30,6 +30,7 @@ from lora_jax.models.sharding import RULES
 from lora_jax.paths import spell
 
 from tests.support.gguf_files import tensors_of, write_model
+from tests.support.mesh_runs import OWN
 from tests.support.several import ends_of, free_port
 
 pytestmark = pytest.mark.once
@@ -398,6 +399,20 @@ def test_two_processes_read_what_their_devices_hold(files, tmp_path, kind, held,
         assert each["largest"] <= alone["largest"]
     together = found[0]["shards"] | found[1]["shards"]
     assert together == alone["shards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(tensor=8)], ids=str)
+def test_two_processes_read_by_a_name_map_and_restore_what_they_hold(files, tmp_path, mesh):
+    params = models.load(files["safetensors"], dtype="bfloat16").params
+    lora.hf.save_weights(tmp_path / "own", params, OWN, dtype="bfloat16")
+    job = {"source": str(files["safetensors"]), "quantize": None, "mesh": mesh}
+    job |= {"own": str(tmp_path / "own"), "params": str(tmp_path / "params")}
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    for each in processes_of(2, 4, job):
+        assert each["mapped"] <= 0.51 * whole
+        # Orbax compresses numbers, and reads files of its own.
+        assert 0.3 * whole < each["restored"] <= 0.51 * whole + 100_000
 
 
 @pytest.mark.slow

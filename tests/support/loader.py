@@ -17,16 +17,24 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import numpy as np
 
-from lora_jax import checkpoint, models, processes, quant
+from lora_jax import checkpoint, hf, models, processes, quant
 from lora_jax.hf.checkpoint import safetensors, weights
 from lora_jax.hf.gguf import file as gguf_file
+from lora_jax.models.sharding import RULES
 from lora_jax.paths import spell
+
+from tests.support.mesh_runs import OWN
 
 
 def memory(field: str) -> int:
     """A figure of /proc/self/status in bytes: VmRSS is what there is, VmHWM the most there was."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, of whatever files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def counted(read: list[int]) -> None:
@@ -65,14 +73,24 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     jax.block_until_ready(params)
     peak = memory("VmHWM") - before
     shards = [s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards]
-    if "params" in job:
-        checkpoint.save_params(job["params"], params)
-        again = checkpoint.restore_params(job["params"], jax.eval_shape(lambda: params), mesh=mesh)
-        assert shards_of(again) == shards_of(params)
-    return {
+    found = {
         "read": sum(read), "largest": max(read), "held": sum(shards), "peak": peak,
         "shards": shards_of(params),
     }  # fmt: skip
+    shapes = jax.eval_shape(lambda: params)
+    if "own" in job:
+        read.clear()
+        mapped = hf.from_hugging_face(shapes, job["own"], OWN, mesh=mesh, rules=RULES)
+        assert shards_of(mapped) == found["shards"]
+        found["mapped"] = sum(read)
+    if "params" in job:
+        checkpoint.save_params(job["params"], params)
+        before = bytes_read()
+        again = checkpoint.restore_params(job["params"], shapes, mesh=mesh)
+        jax.block_until_ready(again)
+        found["restored"] = bytes_read() - before
+        assert shards_of(again) == found["shards"]
+    return found
 
 
 if __name__ == "__main__":
