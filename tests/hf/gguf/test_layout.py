@@ -97,6 +97,25 @@ def test_inputs_in_the_order_of_llama_cpp_are_held(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arch", "tensor", "module"),
+    [
+        ("qwen3next", "ssm_in", "linear_attn.in_proj_qkvz"),
+        ("deepseek2", "attn_kv_b", "self_attn.kv_b_proj"),
+    ],
+)
+def test_older_files_have_one_tensor(arch, tensor, module, tmp_path):
+    raw = np.random.default_rng(0).normal(size=(640, 32)).astype(np.float32)
+    weights = delta_file(tmp_path / "m.gguf", arch, {tensor: (raw, None)})
+    np.testing.assert_array_equal(weights.read(f"model.layers.0.{module}.weight"), raw)
+
+
+def test_a_tensor_without_its_other_half_is_named(tmp_path):
+    tensors = {"attn_qkv": (np.zeros((384, 32), np.float32), None)}
+    with pytest.raises(ValueError, match="tensor `blk.0.attn_qkv.weight` has no other half"):
+        delta_file(tmp_path / "m.gguf", "qwen3next", tensors)
+
+
+@pytest.mark.parametrize(
     ("family", "modules", "tensor"),
     [
         ("qwen3_next", ("in_proj_qkvz", "in_proj_ba", "out_proj"), "attn_gate"),
