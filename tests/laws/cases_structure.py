@@ -137,6 +137,8 @@ CASES = (
          {"w": "io"}),
     Case("pad_columns", _one(lambda w, x: x @ lax.pad(
         w, jnp.zeros((), w.dtype), ((0, 0, 0), (2, -1, 1))), 8, 6), {"w": "io"}),
+    Case("pad_fewer_rows", _one(lambda w, x: x @ lax.pad(
+        w, jnp.zeros((), w.dtype), ((-1, -1, 0), (0, 0, 0))), 10, 6), {"w": "io"}),
     Case("pad_a_stack", _one(lambda w, x: jnp.tanh(
         jnp.einsum("bti,sio->bsto", x, jnp.pad(w, ((1, 0), (0, 0), (0, 0))))), 2, 8, 6),
         {"w": "oio"}),

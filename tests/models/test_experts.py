@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,16 @@ from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.dialect import Routing
 from lora_jax.models.expert_rows import ragged, sort_by_expert, tile_count, tile_size, tiled
-from lora_jax.models.experts import Chosen, Experts, Load, balance, choose_grouped, load_of
+from lora_jax.models.experts import (
+    Chosen,
+    Experts,
+    Load,
+    balance,
+    choose_experts,
+    choose_grouped,
+    load_of,
+    over_experts,
+)
 from lora_jax.models.layers import RMSNorm, groups_of
 from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
@@ -423,6 +433,32 @@ def test_a_device_computes_its_own_experts_alone(case, monkeypatch):
     # By their own numbers: 0 to 2 on either device.
     assert sorted(computed) == sorted(e % 3 for e in range(6) for _ in range(needed[e]))
     np.testing.assert_allclose(sum(parts), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_two_devices_have_the_sums_of_one(rows):
+    """Each has half of the experts; of one row both have all tokens, of two rows each its own."""
+    draw = np.random.default_rng(0)
+    x, logits, down = (
+        jnp.asarray(draw.normal(size=shape), "float32")
+        for shape in ((rows, 5, 6), (rows, 5, 4), (4, 6, 6))
+    )
+
+    def mixed(tokens, chosen, weights, first):
+        own = jax.nn.one_hot(chosen.experts - first, len(weights["down_proj"]))  # (m, k, e)
+        shares = (own * chosen.weights[..., None]).sum(1)
+        return jnp.einsum("md,edf,me->mf", tokens, weights["down_proj"], shares)
+
+    def run(x, logits, weights):
+        choose = partial(choose_experts, count=2, normalized=True)
+        flat = lambda y: choose(y.reshape(-1, 4))  # noqa: E731
+        shaped = lambda y: Chosen(*(z.reshape(*y.shape[:2], 2) for z in flat(y)))  # noqa: E731
+        return over_experts(mixed, shaped, x, logits, weights)
+
+    want = run(x, logits, {"down_proj": down})
+    with jax.set_mesh(models.make_mesh(expert=2, devices=jax.devices()[:2])):
+        got = jax.jit(run)(x, logits, {"down_proj": down})
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_the_load_is_that_of_real_tokens():

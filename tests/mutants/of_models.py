@@ -55,6 +55,12 @@ FAULTS = [
     *in_file(
         "models/experts.py",
         EXPERTS,
+        ('first = lax.axis_index(EXPERTS) * len(weights["down_proj"])', "first = 0"),
+        ("chosen, weights, first), EXPERTS)", "chosen, weights, first), EXPERTS) / 2"),
+    ),
+    *in_file(
+        "models/experts.py",
+        EXPERTS,
         ("1 if routing.softmax else 2", "2 if routing.softmax else 1"),
         ("return Chosen(experts, weights * routing.scale)", "return Chosen(experts, weights)"),
         ("jax.nn.sigmoid(self.alpha * gate) * (up + 1)", "jax.nn.sigmoid(self.alpha * gate) * up"),

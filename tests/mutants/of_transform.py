@@ -29,6 +29,14 @@ FAULTS = [
         ("x = with_dropout(v, lhs, use)\n", "x = lhs\n"),
     ),
     *in_file(
+        "transform/rules_rearrange.py",
+        "tests/laws/test_value.py",
+        ("(0, 0, 0) if d == RANK else padding_config[d]",
+         "padding_config[0] if d == RANK else padding_config[d]"),
+        ("lax.pad(array, jnp.zeros((), array.dtype), widths), dims",
+         "lax.pad(array, value.astype(array.dtype), widths), dims"),
+    ),
+    *in_file(
         "transform/rules_gather.py",
         "tests/laws/test_value.py",
         ("fill_value=0)", 'fill_value=params.get("fill_value"))'),
