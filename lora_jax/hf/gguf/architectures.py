@@ -55,6 +55,7 @@ class GgufArchitecture(NamedTuple):
       joined: a block's module -> the two modules that a file has for it.
       unadapted: modules whose adapters llama.cpp reads but does not apply.
       renamed: fields of config.json that have another name there, or None for those it lacks.
+      encoder: only adapters of it are read and written.
       whole_at: the number of blocks of the one model whose queries are divided by the root of the
         width by heads, and not of the size of a head; no key states it.
     """
@@ -81,6 +82,7 @@ class GgufArchitecture(NamedTuple):
     joined: Mapping[str, tuple[str, str]] = {}
     unadapted: tuple[str, ...] = ()
     renamed: Mapping[str, str | None] = {}
+    encoder: bool = False
     whole_at: int | None = None
 
 
@@ -295,6 +297,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         experts="experts",
         fused=True,
         multiplier="router.per_expert_scale",
+        unadapted=("per_layer_model_projection",),
         outer=("model.embed_tokens", "lm_head", "model.norm", "model.embed_tokens_per_layer",
                "model.per_layer_model_projection", "model.per_layer_projection_norm"),
         keys={**_RMS, "attention.sliding_window": "sliding_window",
@@ -323,6 +326,14 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         _FUSED,
         keys={**_RMS, "attention.sliding_window": "sliding_window"},
         rotary="partial_rotary_factor",
+    ),
+    "modern-bert": GgufArchitecture(
+        "modernbert",
+        ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        others=(),
+        stack="layers",
+        outer=("embeddings.tok_embeddings",),
+        encoder=True,
     ),
     "gpt2": GgufArchitecture(
         "gpt2", _GPT2, ("ln_1", "ln_2"), stack="transformer.h",

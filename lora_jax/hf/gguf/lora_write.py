@@ -117,6 +117,8 @@ def to_gguf(
         paths, swapped = [f".{row.experts}.{GATE_UP}"], row.model_type in SWAPPED
         config, tensors = fused(config, tensors, paths, "the adapter", swapped=swapped)
     pairs = _pairs(tensors, config, base)
+    if row.encoder:  # whose names begin with it inside a model with a head
+        pairs = {module.removeprefix("model."): pair for module, pair in pairs.items()}
     _check_applied(pairs, base)
     pairs = multiplied(halved(pairs, base), row, by)
     alpha = _common_alpha(pairs)

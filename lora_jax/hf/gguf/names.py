@@ -128,7 +128,7 @@ def _from_gguf(path: Path) -> Base:
         kv_heads=kv_heads,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         # llama.cpp's converter writes no head where it is the embedding table.
-        tied="output.weight" not in file.tensors,
+        tied="output.weight" not in file.tensors and not GGUF_ARCHITECTURES[kind].encoder,
         delta=delta_of_file(facts),
     )
 

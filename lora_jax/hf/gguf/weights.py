@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.compat import require
 from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.hf.gguf.file import Gguf, of_bytes, read_tensor
 from lora_jax.hf.gguf.layout import join_kv, join_qkvz
 from lora_jax.hf.gguf.places import (
@@ -39,6 +40,12 @@ def weights_of(file: Gguf) -> Weights:
     Raises:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
+    kind = gguf_architecture(file.metadata, file.path)
+    if GGUF_ARCHITECTURES[kind].encoder:
+        raise ValueError(
+            f"{file.path}: a `{kind}` is an encoder, of which only adapters are read and written "
+            "as GGUF: load it from its Hugging Face directory"
+        )
     theirs = places_of(file)
     plain, halves = _plain(file, theirs), halves_of(file, theirs)
     if not halves:
