@@ -163,6 +163,7 @@ def abstract_step(
     at: Placement | None = None,
     tokens: str | None = None,
     experts: int = 1,
+    part: bool = False,
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
@@ -176,6 +177,7 @@ def abstract_step(
         device's own under it.
       experts: the number of devices that the experts are spread over, if the step is traced as a
         device's own under their axis.
+      part: whether the model is a device's part of one, whose inputs may be parts of a block.
 
     Raises:
       ValueError: a length above the model's context, targets that match nothing, a rank that is
@@ -204,7 +206,7 @@ def abstract_step(
         remat=settings.remat,
         offload=settings.offload,
     )
-    base = _base(forward, settings)
+    base = _base(forward, settings, pad=part)
     if experts > 1:
         base = _own_experts(base, experts)
     adapter = settings.adapter
@@ -254,13 +256,13 @@ def device_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractS
     """
     spans, experts = settings.mesh[TOKENS], settings.mesh[EXPERTS]
     if spans == experts == 1:
-        return abstract_step(config, settings, batch=batch)
+        return abstract_step(config, settings, batch=batch, part=True)
     own = dataclasses.replace(
         settings, batch=batch, length=settings.length // spans,
         mesh={"tensor": settings.mesh["tensor"]},
     )  # fmt: skip
     over = TOKENS if spans > 1 else None
-    step = abstract_step(config, own, batch=batch, tokens=over, experts=experts)
+    step = abstract_step(config, own, batch=batch, tokens=over, experts=experts, part=True)
     whole = PartitionSpec()
     fn = jax.shard_map(
         step.fn, mesh=AbstractMesh((spans, experts), (TOKENS, EXPERTS)), in_specs=whole,
@@ -293,7 +295,7 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(tree, found)
 
 
-def _base(forward: Any, settings: StepSettings) -> Any:
+def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
     shapes, form = forward.shapes(), settings.quantize
     if form is None:
         return shapes
@@ -311,7 +313,8 @@ def _base(forward: Any, settings: StepSettings) -> Any:
         return jax.tree_util.tree_map_with_path(held, shapes)
 
     def quantized(params: Any) -> Any:
-        return quantize(params, is_kernel, format=cast(FormatName, form), backend=backend)
+        name = cast(FormatName, form)
+        return quantize(params, is_kernel, format=name, backend=backend, pad=pad)
 
     return jax.eval_shape(quantized, shapes)
 

@@ -303,6 +303,18 @@ def test_what_no_axis_divides_is_counted_whole():
     )
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:every device holds all of")
+def test_an_axis_may_cut_a_block():
+    """Five blocks of inputs on two devices: each holds the matrix whole."""
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 10)
+    config = {**LLAMA, **sizes, "hidden_size": 320, "intermediate_size": 640, "vocab_size": 512}
+    options = {**CPU, **METHODS["qlora"], "batch": 8, "length": 128, "mesh": {"tensor": 2}}
+    found, compiled = (analysis.memory(config, exact=each, **options) for each in (False, True))
+    assert compiled.arguments == found.arguments
+    assert found.total == pytest.approx(compiled.total, rel=0.1)
+
+
 def test_what_would_fit_is_said(monkeypatch):
     """By a model of memory that is a product: batch, twice that without rematerialization."""
 
