@@ -51,7 +51,8 @@ class SelfAttention(nnx.Module):
             for project in (self.query_proj, self.key_proj, self.value_proj)
         )
         scale = (q.shape[-1] * (1 + len(self.own.parts))) ** -0.5
-        bias = None if by.distances is None else scale * self._of_distances(q, k, by.distances)
+        distances = by.distances if self.own.parts else None
+        bias = None if distances is None else scale * self._of_distances(q, k, distances)
         seen = None if by.mask is None else jnp.asarray(by.mask)[:, None, None, :]
         return mix(q, k, v, seen=seen, by=Mixing((), scale=scale), bias=bias).reshape(x.shape)
 
