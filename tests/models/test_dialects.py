@@ -355,6 +355,21 @@ def test_blocks_with_experts_are_each_so_many():
     assert config_from_hf(config.to_hf()).dense_layers == config.dense_layers
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_moe", "qwen3_moe"])
+def test_each_qwens_windows_are_in_its_own_blocks(kind):
+    from transformers import AutoConfig
+
+    given = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    config = config_from_hf({**SIZES, "model_type": kind, **given})
+    theirs = AutoConfig.for_model(kind, **SIZES, **given)
+    # transformers' Qwen3-MoE knows no kinds of blocks: all of them have the window.
+    blocks = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 4
+    slides = config.sliding_layers or (True,) * 4
+    assert list(slides) == [block == "sliding_attention" for block in blocks]
+    assert config.sliding_window == theirs.sliding_window == 8
+
+
 @pytest.mark.parametrize("flag", [False, True])
 def test_the_sum_of_an_olmoes_experts_is_what_its_config_says(flag):
     config = config_from_hf({**SIZES, "model_type": "olmoe", "norm_topk_prob": flag})

@@ -60,6 +60,9 @@ CASES = {
         SIZES, model_type="mixtral", num_local_experts=5, num_experts_per_tok=1, sliding_window=4
     ),
     "qwen3_moe": dict(QWEN3, norm_topk_prob=True),
+    "qwen3_moe with windows": dict(
+        QWEN3, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    ),
     "qwen3_moe with plain weights": dict(QWEN3, norm_topk_prob=False, attention_bias=True),
     "gpt_oss": dict(
         SIZES, model_type="gpt_oss", head_dim=8, num_local_experts=4, num_experts_per_tok=2,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import Dialect, Modules, check_fixed
+from lora_jax.models.dialect import Dialect, Modules, check_fixed, read_layer_types
 from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
@@ -102,10 +102,14 @@ def write_shared(config: Any) -> dict[str, Any]:
 
 
 def _read_qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # Unlike the dense Qwen2: every second block, of those before `max_window_layers`.
+    last = raw["max_window_layers"]
+    blocks = tuple(i % 2 == 0 and i < last for i in range(raw["num_hidden_layers"]))
     return {
         **qwen.QWEN2.read(raw),
         **read_shared(raw, 60),
         "qkv_bias": bool(raw["qkv_bias"]),
+        "sliding_layers": read_layer_types(raw, blocks),
     }
 
 
@@ -118,7 +122,8 @@ def _write_qwen2(config: Any) -> dict[str, Any]:
 
 
 def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {**qwen.QWEN3.read(raw), **_read_qwen(raw, 128)}
+    # Its windows are in every block, whatever a config.json says of layers.
+    return {**qwen.QWEN3.read(raw), **_read_qwen(raw, 128), "sliding_layers": None}
 
 
 def _write_qwen3(config: Any) -> dict[str, Any]:
