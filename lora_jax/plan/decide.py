@@ -234,8 +234,10 @@ def _decide(
     all_linear = config.target_modules == ALL_LINEAR
     obstacle, named = _obstacle(draft, matches, heads, masks, all_linear=all_linear)
     if obstacle:
-        # "all-linear" does not name a leaf that the function does not use.
-        named = named and bool(leaf.uses or not all_linear)
+        # "all-linear" does not name a leaf that the function does not use; uses of complex numbers
+        # are not followed.
+        used = leaf.uses or leaf.dtype.startswith("complex")
+        named = named and bool(used or not all_linear)
         way_out = roles_of.override(leaf) if named else ""
         return dataclasses.replace(leaf, reason=obstacle, left_out=way_out)
     adapted = dataclasses.replace(

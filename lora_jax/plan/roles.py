@@ -87,12 +87,14 @@ def _why_not(uses: Sequence[Use]) -> str:
 
 
 def override(leaf: LeafPlan) -> str:
-    """The advice, a `roles` setting, that adapts a leaf which is left out; "" for no matrix.
+    """The advice, mostly a `roles` setting, that adapts a leaf which is left out; "" for no matrix.
 
     A leaf is a matrix if it has floats, if two of its dims are longer than 1, apart from dims taken
     index by index (layers of a scan), and if not all its uses are those of a bias, a scale or a
     prompt.
     """
+    if leaf.dtype.startswith("complex") and sum(n > 1 for n in leaf.shape) > 1:
+        return "hold its real and imaginary parts as two leaves, and join them by `lax.complex`"
     if "float" not in leaf.dtype:
         return ""
     picked = frozenset().union(*(use.picked for use in leaf.uses))

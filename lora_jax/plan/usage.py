@@ -144,7 +144,8 @@ def _while(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     carry = _looped(flows, flows[a + b :])
     # The condition may use weights too.
     _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
-    return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
+    outs = _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
+    return _entered(found, eqn, carry, outs)
 
 
 def _cond(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
@@ -158,7 +159,7 @@ def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     state = _looped(flows, flows[consts : consts + carry])
     inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
     outs = _inside(found, eqn.params["jaxpr"], inside)
-    return [*outs[:carry], *(_stack(f) for f in outs[carry:])]
+    return [*_entered(found, eqn, state, outs[:carry]), *(_stack(f) for f in outs[carry:])]
 
 
 def _solve(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
@@ -174,8 +175,7 @@ def _unfactorized(found: Usage, eqn: Any, flow: Flow) -> Flow:
     """What a linear solve takes, but for a matrix that is factorized for it: its use ends there."""
     known = {t: any(u.kind == "other" for u in found.uses[t.leaf]) for t in flow.tracks}
     for track in (t for t, factorized in known.items() if factorized):
-        use = Use(compat.name_of(eqn), found.lines[-1], "other", picked=track.picked)
-        found.uses[track.leaf].append(use)
+        found.uses[track.leaf].append(_other(found, eqn, track, constant=False))
     return dataclasses.replace(flow, tracks=tuple(t for t in flow.tracks if not known[t]))
 
 
@@ -185,6 +185,19 @@ def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
     return [
         dataclasses.replace(f, fed=f.fed if f.tracks else max(f.fed, fed), live=live) for f in carry
     ]
+
+
+def _entered(found: Usage, eqn: Any, before: list[Flow], after: list[Flow]) -> list[Flow]:
+    """A loop's results, of which weights become its carry: what later steps do is not followed."""
+    for old, new in zip(before, after, strict=True):
+        for track in (t for t in new.tracks if t not in old.tracks):
+            found.uses[track.leaf].append(_other(found, eqn, track))
+    return after
+
+
+def _other(found: Usage, eqn: Any, track: Track, *, constant: bool = True) -> Use:
+    name, line = compat.name_of(eqn), found.lines[-1]
+    return Use(name, line, "other", picked=track.picked, constant=constant)
 
 
 def _peel(flow: Flow) -> Flow:
@@ -314,15 +327,10 @@ def _follow(
     # Combined with data, the weight is consumed, unless the operation is a rearrangement by index.
     if dim_map is None or (fed and not dims.takes_data(eqn, k)):
         if record and track.lookup < 0:
-            found.uses[track.leaf].append(
-                Use(
-                    compat.name_of(eqn),
-                    found.lines[-1],
-                    "other",
-                    picked=track.picked,
-                    constant=not fed,
-                )
-            )
+            # Data may choose between weights, which is no operation with data.
+            chosen = compat.name_of(eqn) == "select_n" and k > 0
+            alone = chosen and not any(f.fed for f in others[1:])
+            found.uses[track.leaf].append(_other(found, eqn, track, constant=alone or not fed))
         return None
     if track.lookup >= 0 and not dims.keeps_rows(eqn, k):
         return None

@@ -47,6 +47,14 @@ def merged_is_met(fn, params, plan, tolerance=2e-5):
 HIDDEN = {
     "solve": (lambda w, x: jnp.linalg.solve(w, x.mT).mT, (8, 8), "io"),
     "larger": (lambda w, x: x @ jnp.zeros((8, 9)).at[:, 1:].max(w), (8, 8), "io"),
+    "chosen by data": (lambda w, x: x @ jnp.where(x[0, 0, 0] > 0, w, 0.0), (8, 8), "io"),
+    "carried from the second step on": (
+        lambda w, x: lax.scan(
+            lambda c, _: ((jnp.tanh(c[0] @ c[1]), w), None), (x, jnp.eye(8)), length=3
+        )[0][0],
+        (8, 8),
+        "io",
+    ),
     "vectors of heads": (
         lambda w, x: jnp.einsum("bthk,hk->bth", x.reshape(2, 5, 2, 4), w),
         (2, 4),
@@ -74,6 +82,15 @@ def test_a_named_matrix_that_is_left_out_is_warned_of(name: str, targets):
     plan = planned(fn, params, targets, roles={"w": roles})
     assert len(plan.adapted) == 2 and not plan.left_out
     merged_is_met(fn, params, plan)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ".*"])
+def test_a_complex_matrix_is_warned_of(targets):
+    fn = two(lambda w, x: jnp.abs(x @ w["kernel"] + w["bias"]))
+    w = {"kernel": jnp.ones((8, 8), "complex64"), "bias": jnp.ones((1, 8), "complex64")}
+    with pytest.warns(LeftOutWarning, match=r"`w.kernel` .*: hold its real and imaginary parts as"):
+        plan = planned(fn, {"w": w, "up": normal(2, 8, 6)}, targets)
+    assert [leaf.path for leaf in plan.left_out] == ["w.kernel"]
 
 
 def test_biases_scales_and_prompts_are_no_matrices():
