@@ -195,5 +195,5 @@ def test_calls_that_are_refused(saved):
         model.apply(model.params, np.zeros((1, 3, 16, 16), np.uint8))
     with pytest.raises(ValueError, match="`quantize` is for decoders, not for `vit`"):
         lora.models.load(saved("classifies").directory, quantize="nf4")
-    with pytest.raises(ValueError, match="`vit` reads images, and the memory of a step is"):
-        memory(model.config.to_hf())
+    with pytest.raises(ValueError, match="`length` 7 is for texts, and an image of this `vit`"):
+        memory(model.config.to_hf(), length=7)
