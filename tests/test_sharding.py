@@ -299,6 +299,27 @@ def test_explicit_mesh(explicit_mesh, case):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), atol=1e-5 * np.abs(w).max())
 
 
+def test_adapters_of_rows_on_an_explicit_mesh(explicit_mesh):
+    with jax.set_mesh(explicit_mesh):
+        params, x = base()
+        specs = {"w1": P(None, "model"), "w2": P()}
+        params = {
+            k: jax.device_put(v, NamedSharding(explicit_mesh, specs[k])) for k, v in params.items()
+        }
+
+        def fn(p, x):
+            return jax.sharding.reshard(jnp.tanh(x @ p["w1"]), P(None, None)) @ p["w2"]
+
+        x = jax.device_put(x, NamedSharding(explicit_mesh, P()))
+        config = lora.LoraConfig(rank=4, target_modules=("w1", "w2"), init="random")
+        plan = lora.plan(config, fn, params, x)
+        trees = [lora.init(jax.random.key(i), plan, params) for i in range(2)]
+        ids = jnp.arange(16) % 2
+        got = jax.jit(lora.lorafy(fn))(lora.stack(trees), x, adapter_ids=ids)
+    each = [mlp(lora.merge(local(tree)), local(x)) for tree in trees]
+    close(got, np.where(np.arange(16)[:, None] % 2, each[1], each[0]))
+
+
 def test_init_under_jit_on_an_explicit_mesh_shards_the_factors(explicit_mesh):
     with jax.set_mesh(explicit_mesh):
         params, x = base()

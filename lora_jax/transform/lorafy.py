@@ -79,7 +79,8 @@ def lorafy(
       adapter_strategy: how products with the rows' adapters are computed: "gathered" copies each
         row's factors, "grouped" sorts the rows (or tokens) by adapter, "ragged" is "grouped" with
         `jax.lax.ragged_dot` also where that is slow; by default the shapes decide, see
-        `lora_jax.transform.many.grouped.choose_strategy`. The results differ by rounding only.
+        `lora_jax.transform.many.grouped.choose_strategy`, and over explicit mesh axes it is
+        "gathered". The results differ by rounding only.
 
     Returns:
       `fn'(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs)`. A `lora_key` (a PRNG

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, custom_batching, lax
 
+from lora_jax import compat
 from lora_jax.dims import checked_index
 
 # "gathered": factors copied for every element; "grouped": elements sorted by adapter, in tiles;
@@ -196,7 +197,9 @@ def take_adapters(array: jax.Array, where: jax.Array, axis: int, fill: float = 0
     dim, and over a last dim of the rank's size (8) it takes three times as long.
     """
     shape = array.shape
-    runs = array.reshape(*shape[: axis + 1], -1)
+    # Dims that lie over explicit mesh axes do not merge.
+    whole = compat.spec_of(array) is not None
+    runs = array if whole else array.reshape(*shape[: axis + 1], -1)
     taken = jnp.take(runs, where, axis=axis, mode="fill", fill_value=fill)
     return taken.reshape(*shape[:axis], *where.shape, *shape[axis + 1 :])
 

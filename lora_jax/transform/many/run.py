@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.array import LoraStack, SavedStack, count, is_leaf, is_lora, is_stack
 from lora_jax.transform.many import grouped
 from lora_jax.transform.many.rows import axes_of, checked, rowwise, select, select_leaf
@@ -78,10 +78,14 @@ def run(
     number = count(stacked)
     # The leaf of the largest rank decides for all: the strategies differ little at the others.
     leaves = jax.tree.leaves(stacked, is_leaf=is_lora)
-    rank = max((x.rank for x in leaves if isinstance(x, LoraStack)), default=0)
+    stacks = [x for x in leaves if isinstance(x, LoraStack)]
     if strategy is None:
+        rank = max((x.rank for x in stacks), default=0)
         positions = 1 if by_token else _positions(call, ids.shape[0])
         strategy = grouped.choose_strategy(ids.size, positions, number, rank)
+        # Over explicit mesh axes, factors do not merge with the dims that sorting makes.
+        if any(compat.spec_of(factor) is not None for x in stacks for factor in (x.a, x.b)):
+            strategy = "gathered"
     # Each row's factors are copied once, outside the function.
     if strategy == "gathered" and not by_token:
         return gathered(one, select(stacked, ids), call)
