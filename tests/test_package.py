@@ -257,8 +257,9 @@ def test_a_signal_during_the_imports_ends_in_a_sentence(core, tmp_path, number, 
     assert (done.returncode, done.stderr) == (128 + number, f"lora-jax: {text}\n")
 
 
-def test_the_package_is_the_command_too(core, tmp_path):
-    done = run(core.python, "-m", "lora_jax", "train", cwd=tmp_path)
+@pytest.mark.parametrize("module", ["lora_jax", "lora_jax.cli"])
+def test_the_package_is_the_command_too(core, tmp_path, module):
+    done = run(core.python, "-m", module, "train", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("lora-jax train: `--model` is missing")
 
 

@@ -31,6 +31,7 @@ MOST_ROOT_FILES = 16
 # Files of fewer than 60 lines that one file imports, and why they stand alone.
 SMALL = {
     "lora_jax/__main__.py": "python -m lora_jax",
+    "lora_jax/cli/__main__.py": "python -m lora_jax.cli, the name of before",
     "lora_jax/multi/serve.py": "the name of before the move to models",
 }
 
