@@ -33,3 +33,7 @@ def _end(number: int, frame: Any) -> NoReturn:
     text = "interrupted" if number == signal.SIGINT else f"ended by {name} before it was done"
     os.write(2, f"lora-jax: {text}\n".encode())
     os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    start()
