@@ -39,7 +39,13 @@ from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
 from lora_jax.models.dialect import IGNORED
 from lora_jax.models.model import Model
-from lora_jax.models.registry import config_from_hf, names_of
+from lora_jax.models.registry import (
+    CAUSAL_LM,
+    ENCODER_DECODER,
+    config_from_hf,
+    kind_of_model,
+    names_of,
+)
 from lora_jax.models.wrapped import as_written, rest_of
 from lora_jax.paths import spell
 
@@ -282,9 +288,10 @@ def texts_of(model: Any, dtype: str) -> dict[str, str]:
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (start := config.get("decoder_start_token_id")) is not None:
         tokens["decoder_start_token_id"] = start
+    texts = {"config.json": _json(config)}
     # The base's own file wins: its end tokens may be more than config.json has.
-    generation = {**tokens, **model.generation}
-    texts = {"config.json": _json(config), "generation_config.json": _json(generation)}
+    if model.generation or kind_of_model(model) in (CAUSAL_LM, ENCODER_DECODER):
+        texts["generation_config.json"] = _json({**tokens, **model.generation})
     if model.tokenizer is not None:
         texts |= _tokenizer_texts(model.tokenizer, model.config.max_position_embeddings)
     if model.processor is not None:

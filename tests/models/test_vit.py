@@ -79,6 +79,7 @@ def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
     lora.models.save_model(tmp_path / "again", model, model.params)
     tensors = load_file(tmp_path / "again" / "model.safetensors")
     original = load_file(directory / "model.safetensors")
+    assert not (tmp_path / "again" / "generation_config.json").exists()
     # Names are those of transformers' files, which its classes do not have.
     assert tensors.keys() == original.keys()
     for name, tensor in original.items():
