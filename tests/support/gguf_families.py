@@ -8,14 +8,19 @@ import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, quants
 from gguf.tensor_mapping import get_tensor_name_map
 
+import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.gguf.lora_read import load_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF
+from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.saving import save_model
 
-from tests.support.gguf_files import writing
+from tests.support.gguf_files import adapted, writing
 
 TOKENS = jnp.arange(16).reshape(2, 8) % 64
 SIZES = dict(
@@ -279,3 +284,21 @@ def write(path, family, kind=GGMLQuantizationType.F32):
             own = kind if blocks else GGMLQuantizationType.F32
             writer.add_tensor(name, quants.quantize(np.ascontiguousarray(x), own), raw_dtype=own)
     return model, params
+
+
+def exported(folder, family, config):
+    """An adapter of a model of a family, in a GGUF file that reads back as the same change.
+
+    Returns:
+      The base's file, the adapter's, and the merged tensors as the converter writes them.
+    """
+    model, params = write(folder / "m.gguf", family)
+    tree, base = adapted(models.Model(model.forward, params), config), base_of(model.config)
+    save_gguf_lora(folder / "a.gguf", tree, config, base=base)
+    back, _ = load_gguf_lora(folder / "a.gguf", model.apply, params, TOKENS, base=base)
+    for got, want in zip(*(jax.tree.leaves(lora.merge(t)) for t in (back, tree)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)  # alphas are folded into B
+    save_model(folder / "merged", model, lora.merge(tree))
+    merged = load_file(folder / "merged/model.safetensors")
+    theirs = as_converter(merged, model.config, base.architecture)
+    return open_gguf(folder / "m.gguf"), open_gguf(folder / "a.gguf", kind="adapter"), theirs

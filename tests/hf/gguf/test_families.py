@@ -10,19 +10,17 @@ from gguf import GGMLQuantizationType
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import FactorPair, multipliers, together
 from lora_jax.hf.gguf.fields import Stated
-from lora_jax.hf.gguf.file import open_gguf, read_tensor
+from lora_jax.hf.gguf.file import read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, read_base
 from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
-from lora_jax.models.saving import save_model
 
-from tests.support.gguf_families import ADDED, CASES, DIVISORS, OWN, TOKENS, as_converter, write
+from tests.support.gguf_families import ADDED, CASES, DIVISORS, OWN, TOKENS, exported, write
 from tests.support.gguf_files import adapted, config_with, writing
 
 pytestmark = pytest.mark.once
@@ -88,20 +86,11 @@ def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
 @pytest.mark.parametrize("family", EXPERTS)
 def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
     """Each expert's matrix in the file is changed by its own B·A, as `ggml_mul_mat_id` does."""
-    model, params = write(tmp_path / "m.gguf", family)
     config = config_with(
         target_modules=("q_proj",), target_parameters=("gate_up_proj", "experts.down_proj"),
         rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 3},
     )  # fmt: skip
-    tree, base = adapted(models.Model(model.forward, params), config), base_of(model.config)
-    save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base)
-    back, _ = load_gguf_lora(tmp_path / "a.gguf", model.apply, params, TOKENS, base=base)
-    for got, want in zip(*(jax.tree.leaves(lora.merge(t)) for t in (back, tree)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)  # alphas are folded into B
-    save_model(tmp_path / "merged", model, lora.merge(tree))
-    merged = load_file(tmp_path / "merged/model.safetensors")
-    theirs = as_converter(merged, model.config, base.architecture)
-    file, adapter = open_gguf(tmp_path / "m.gguf"), open_gguf(tmp_path / "a.gguf", kind="adapter")
+    file, adapter, theirs = exported(tmp_path, family, config)
     gate_up = ("gate_up",) if family == "gemma4_text" else ("gate", "up")
     for name in (*gate_up, "down"):
         weight = f"blk.1.ffn_{name}_exps.weight"

@@ -9,18 +9,15 @@ from gguf import GGMLQuantizationType
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.layout import DeltaHeads
-from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
-from lora_jax.hf.gguf.lora_write import Content, save_gguf_lora, to_gguf, write_gguf_lora
+from lora_jax.hf.gguf.lora_read import read_gguf_lora
+from lora_jax.hf.gguf.lora_write import Content, to_gguf, write_gguf_lora
 from lora_jax.hf.gguf.names import Base
 from lora_jax.hf.gguf.weights import weights_of
-from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
-from lora_jax.models.saving import save_model
 
-from tests.support.gguf_families import TOKENS, apart, as_converter, write
+from tests.support.gguf_families import apart, exported, write
 from tests.support.gguf_files import adapted, config_with, writing
 
 HEADS = DeltaHeads(2, 4, 32, 64)
@@ -126,17 +123,8 @@ def test_a_tensor_without_its_other_half_is_named(tmp_path):
 @pytest.mark.slow
 def test_adapters_are_those_of_their_tensors(family, modules, tensor, tmp_path):
     """Each matrix in the file is changed by its own B·A."""
-    model, params = write(tmp_path / "m.gguf", family)
     config = config_with(target_modules=modules, alpha_pattern={modules[0]: 3})
-    tree, base = adapted(models.Model(model.forward, params), config), base_of(model.config)
-    save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base)
-    back, _ = load_gguf_lora(tmp_path / "a.gguf", model.apply, params, TOKENS, base=base)
-    for got, want in zip(*(jax.tree.leaves(lora.merge(t)) for t in (back, tree)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)  # alphas are folded into B
-    save_model(tmp_path / "merged", model, lora.merge(tree))
-    merged = load_file(tmp_path / "merged/model.safetensors")
-    theirs = as_converter(merged, model.config, base.architecture)
-    file, adapter = open_gguf(tmp_path / "m.gguf"), open_gguf(tmp_path / "a.gguf", kind="adapter")
+    file, adapter, theirs = exported(tmp_path, family, config)
     pairs = {name.removesuffix(".lora_a") for name in adapter.tensors if name.endswith("lora_a")}
     assert any(tensor in name for name in pairs)
     for name in pairs:
