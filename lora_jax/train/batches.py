@@ -153,9 +153,9 @@ def loader(
     lengths = lengths_of(data)
     prepared = Loader(
         examples=data,
-        ladder=(packed,)
-        if packed is not None
-        else ladder_for(data, buckets, rows=batch_size * accumulation, spans=rows.spans),
+        ladder=ladder_for(data, lengths, buckets, rows=batch_size * accumulation, spans=rows.spans)
+        if packed is None
+        else (packed,),
         places={},
         epochs=epochs,
         batch_size=batch_size,

@@ -45,10 +45,14 @@ class Bucket(NamedTuple):
 
 
 def ladder_for(
-    data: Sequence[Example], buckets: int | Sequence[int] | None, *, rows: int, spans: int
+    data: Sequence[Example],
+    lengths: Sequence[int],
+    buckets: int | Sequence[int] | None,
+    *,
+    rows: int,
+    spans: int,
 ) -> tuple[int, ...]:
     """The ladder of a dataset, see `ladder_of`; images have the one length of their patches."""
-    lengths = lengths_of(data)
     if data[0].image is not None and not isinstance(buckets, Sequence):
         return (max(lengths),)
     return ladder_of(buckets, lengths, rows=rows, spans=spans)
@@ -96,8 +100,8 @@ def ladder_of(
     if isinstance(buckets, int):
         return best_ladder(lengths, buckets, multiple=multiple)
     if buckets is None:
-        ladders = [best_ladder(lengths, n, multiple=multiple) for n in range(_LEAST, _MOST + 1)]
-        return min(ladders, key=lambda ladder: _work(ladder, lengths, rows))
+        ladders = _best_ladders(lengths, _MOST, multiple)
+        return min(ladders[_LEAST - 1 :] or ladders[-1:], key=lambda x: _work(x, lengths, rows))
     ladder = check_ladder(buckets, lengths)
     for rung in ladder:
         check_length("buckets", rung, spans)
@@ -145,6 +149,11 @@ def best_ladder(lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE)
     """
     if count < 1:
         raise ValueError(f"`buckets` must be at least 1, got {count}")
+    return _best_ladders(lengths, count, multiple)[-1]
+
+
+def _best_ladders(lengths: Sequence[int], count: int, multiple: int) -> list[tuple[int, ...]]:
+    """The best ladders of at most 1, 2, ... `count` rungs; fewer where there are fewer lengths."""
     while True:
         rounded = -(-np.asarray(lengths, np.int64) // multiple) * multiple
         rungs, examples = np.unique(rounded, return_counts=True)
@@ -161,6 +170,11 @@ def best_ladder(lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE)
         through[np.tril_indices(len(rungs), -1)] = np.inf  # a bucket ends where it begins or later
         cuts.append(through.argmin(0))
         cost = np.concatenate([[0.0], through.min(0)])
+    return [_traced(rungs, cuts[:n]) for n in range(1, len(cuts) + 1)]
+
+
+def _traced(rungs: np.ndarray, cuts: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """The ladder that the cuts lead to, from its top."""
     ladder, end = [], len(rungs)
     for cut in reversed(cuts):
         if end == 0:

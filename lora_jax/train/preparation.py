@@ -173,7 +173,7 @@ def arrange(
     check_causal(model)
     lengths = lengths_of(data)
     rows = config.batch_size * config.accumulation
-    ladder = ladder_for(data, config.buckets, rows=rows, spans=spans)
+    ladder = ladder_for(data, lengths, config.buckets, rows=rows, spans=spans)
     able = _takes_packed(model, config)
     choice = choose(
         lengths,
