@@ -229,7 +229,7 @@ def abstract_step(
     else:
         rows = () if at is None else at.rows
         loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
-    shapes = _batch(settings, batch, config, decodes=decodes, both=both)
+    shapes = _batch(settings, batch, config, kind)
     return AbstractStep(
         fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
     )
@@ -325,12 +325,15 @@ def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
 
 
-def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool, both: bool) -> Batch:
+def _batch(settings: StepSettings, batch: int, config: Any, kind: str) -> Batch:
     # The microbatches of a step are stacked: (accumulation, ...).
     def whole(*shape: int, dtype: Any = "int32") -> Any:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), dtype)
 
-    goal = goal_of(config)
+    goal, decodes = goal_of(config), kind in (CAUSAL_LM, ENCODER_DECODER)
+    images = None
+    if kind == IMAGE_ENCODER:
+        images = whole(batch, config.num_channels, *config.image_size, dtype="float32")
     answers = goal is not None and goal.per == "answer" and decodes
     # A classifier has one target per row, a masked LM one per token, as a language model.
     one_a_row = answers or (goal is not None and goal.per == "text")
@@ -343,15 +346,9 @@ def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool, bo
         targets=whole(places, *shape, dtype=dtype),
         weights=whole(places, dtype="float32"),
         segments=segments,
-        reads=whole(batch, settings.length) if both else None,
-        images=_images(config, whole, batch),
+        reads=whole(batch, settings.length) if kind == ENCODER_DECODER else None,
+        images=images,
     )
-
-
-def _images(config: Any, whole: Callable[..., Any], batch: int) -> Any:
-    if architecture_of(config.model_type).kind != IMAGE_ENCODER:
-        return None
-    return whole(batch, config.num_channels, *config.image_size, dtype="float32")
 
 
 def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
