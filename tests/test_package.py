@@ -361,7 +361,7 @@ from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.names import gguf_names
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
-from lora_jax.recipes.sweep import bleu_counts
+from lora_jax.recipes.completions import bleu_counts
 
 SENTENCE = r"`\w+` is not installed: pip install 'lora-jax\[EXTRA\]'"
 

@@ -1,7 +1,6 @@
 """Language-model tasks for `rank_sweep`: JSON-lines records scored by loss, match or BLEU."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,20 @@ from lora_jax import compat, processes
 from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.result import Sweep
 from lora_jax.analysis.sweep.sweep import rank_sweep
-from lora_jax.compat import EXTRAS, check_installed, require
+from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.models.heads import Problem
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
+from lora_jax.recipes.completions import (
+    Question,
+    bleu_of,
+    bleu_statistics,
+    completions_of,
+    exact_match,
+    questions_of,
+)
 from lora_jax.recipes.finetune import HeadTask, load_model
 from lora_jax.recipes.fitting import (
     check_mesh,
@@ -31,7 +38,6 @@ from lora_jax.recipes.fitting import (
     with_classes,
     with_head,
 )
-from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
 from lora_jax.train.batches import Batch, iterate, loader, once
@@ -207,7 +213,7 @@ class _Data(NamedTuple):
     train: list[Example]
     tuning: list[Example]
     scored: list[Example]
-    questions: list["_Question"]
+    questions: list[Question]
 
 
 def _data(
@@ -229,7 +235,7 @@ def _data(
         raise ValueError("a sweep has no `balance_experts`: leave it out")
     check_causal(model)
     made = (examples_of(model, part, max_length=max_length) for part in parts)
-    return _Data(*made, questions=[] if metric == "loss" else _questions(parts[2]))
+    return _Data(*made, questions=[] if metric == "loss" else questions_of(parts[2]))
 
 
 def _task(
@@ -251,14 +257,18 @@ def _task(
     def summed(params: Any, data: Sequence[Example]) -> np.ndarray:
         return sums(params, _once(model, data, size, rows=rows))
 
+    def generated(params: Any, score: Callable[..., np.ndarray]) -> np.ndarray:
+        texts = completions_of(model, params, data.questions, answers)
+        return score(texts, data.questions)
+
     made: dict[str, dict[str, Any]] = {
         "loss": {
             "score": lambda params: summed(params, data.scored),
             "reduce": _per_token,
             "lower_is_better": True,
         },
-        "exact": {"score": _Exact(model, data.questions, answers)},
-        "bleu": {"score": _Bleu(model, data.questions, answers), "reduce": bleu_of},
+        "exact": {"score": lambda params: generated(params, exact_match)},
+        "bleu": {"score": lambda params: generated(params, bleu_statistics), "reduce": bleu_of},
     }
     return Task(
         params=model.params,
@@ -337,81 +347,3 @@ class _Sums:
 
 def _per_token(values: np.ndarray) -> float:
     return float(values[:, 0].sum() / values[:, 1].sum())
-
-
-class _Question(NamedTuple):
-    """A prompt, or the messages before an answer, and its right completions."""
-
-    prompt: Any
-    completions: list[str]
-
-
-def _questions(records: Sequence[Record]) -> list[_Question]:
-    """Every distinct prompt with its completions, in the order of the records."""
-    found: dict[str, _Question] = {}
-    for record in records:
-        if record.form == "prompt":
-            prompt, completion = record.fields
-        elif record.form == "messages" and record.fields[0][-1]["role"] == "assistant":
-            *prompt, last = record.fields[0]
-            completion = last["content"]
-        else:
-            raise ValueError(
-                f"{record.source}: completions are generated here, so every record needs a prompt "
-                'and a completion, or messages that end with the assistant\'s; or take "loss"'
-            )
-        if record.options:
-            raise ValueError(
-                f"{record.source}: completions are generated without "
-                f'{", ".join(f"`{name}`" for name in record.options)}; remove them, or take "loss"'
-            )
-        # Messages are dicts, which have no hash.
-        question = found.setdefault(json.dumps(prompt), _Question(prompt, []))
-        question.completions.append(completion.strip())
-    return list(found.values())
-
-
-class _Generated:
-    """The completions that a model generates for the scored prompts."""
-
-    def __init__(self, model: Any, questions: Sequence[_Question], config: GenerateConfig) -> None:
-        self.references = [question.completions for question in questions]
-        self._ask = [question.prompt for question in questions]
-        self._model, self._config = model, config
-
-    def answers(self, params: Any) -> list[str]:
-        found = generate_texts(self._model, params, self._ask, self._config)
-        return [text.strip() for text in found]
-
-
-class _Exact(_Generated):
-    def __call__(self, params: Any) -> np.ndarray:
-        right = zip(self.answers(params), self.references, strict=True)
-        return np.asarray([float(text in wanted) for text, wanted in right])
-
-
-class _Bleu(_Generated):
-    def __call__(self, params: Any) -> np.ndarray:
-        both = zip(self.answers(params), self.references, strict=True)
-        return np.stack([bleu_counts(text, wanted) for text, wanted in both])
-
-
-def bleu_counts(hypothesis: str, references: Sequence[str]) -> np.ndarray:
-    """The statistics of BLEU for a sentence: matches of 1- to 4-grams, totals, the two lengths.
-
-    Returns:
-      float64 (10,); their sum over sentences gives the corpus BLEU, see `bleu_of`.
-
-    Source: Papineni et al. 2002; computed by sacrebleu (Post 2018), tokenization 13a.
-    """
-    bleu = require("sacrebleu").BLEU(effective_order=True)
-    found = bleu.sentence_score(hypothesis, list(references))
-    return np.asarray([*found.counts, *found.totals, found.sys_len, found.ref_len], np.float64)
-
-
-def bleu_of(values: np.ndarray) -> float:
-    """Corpus BLEU, 0 to 100, of `bleu_counts` of its sentences."""
-    BLEU = require("sacrebleu").BLEU
-    sums = [int(x) for x in values.sum(axis=0)]
-    found = BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp")
-    return float(found.score)

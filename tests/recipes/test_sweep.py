@@ -13,7 +13,7 @@ from lora_jax import LoraConfig, models, train
 from lora_jax.analysis.sweep.config import SweepConfig
 from lora_jax.cli import main
 from lora_jax.models import loading
-from lora_jax.recipes import finetune, sweep
+from lora_jax.recipes import completions, finetune, sweep
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train import TrainConfig
@@ -72,12 +72,12 @@ def test_bleu_is_sacrebleus_of_the_corpus():
     hypotheses = ["a place in the city .", "it is at the river", "French food ."]
     references = [["a place in the city centre ."], ["by the river", "it is at the riverside ."],
                   ["a French place with food ."]]  # fmt: skip
-    values = np.stack([sweep.bleu_counts(h, r) for h, r in
+    values = np.stack([completions.bleu_counts(h, r) for h, r in
                        zip(hypotheses, references, strict=True)])  # fmt: skip
     # sacrebleu wants streams of first and of second references.
     streams = [[r[0] for r in references], [r[-1] for r in references]]
     expected = sacrebleu.corpus_bleu(hypotheses, streams)
-    assert sweep.bleu_of(values) == pytest.approx(expected.score, abs=1e-9)
+    assert completions.bleu_of(values) == pytest.approx(expected.score, abs=1e-9)
 
 
 def test_records_with_one_prompt_are_references_of_one_example(model):
