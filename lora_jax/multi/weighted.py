@@ -254,13 +254,13 @@ def _shared(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """The factors of the largest `rank` singular values; zeros where there are fewer."""
     # Each factor gets the root of a singular value, so that neither is much larger than the other.
     root = jnp.sqrt(s[..., :rank])
-    a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
-    missing = rank - root.shape[-1]
-    if missing > 0:
-        none = [(0, 0)] * (a.ndim - 2)
-        a = jnp.pad(a, [*none, (0, 0), (0, missing)])
-        b = jnp.pad(b, [*none, (0, missing), (0, 0)])
-    return a, b
+    return _padded(u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :], rank)
+
+
+def _padded(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """The factors with zeros up to the rank."""
+    none, more = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-1])
+    return jnp.pad(a, [*none, (0, 0), more]), jnp.pad(b, [*none, more, (0, 0)])
 
 
 def _rank(parts: list, options: _Options) -> int:
@@ -394,9 +394,6 @@ def _one_rank(leaves: list) -> list:
     def fill(x: Any) -> Any:
         if not isinstance(x, LoraArray) or x.rank == rank:
             return x
-        a, b = _flat(x)
-        none = [(0, 0)] * (a.ndim - 2)
-        more = (0, rank - x.rank)
-        return _leaf(x, jnp.pad(a, [*none, (0, 0), more]), jnp.pad(b, [*none, more, (0, 0)]))
+        return _leaf(x, *_padded(*_flat(x), rank))
 
     return [fill(x) for x in leaves]
