@@ -27,6 +27,7 @@ from lora_jax.files import check_links, check_new, read_object, replacing
 from lora_jax.hf.name_maps.peft import in_their_names
 from lora_jax.hf.name_maps.rules import NameMap, recognise
 from lora_jax.hf.peft.api import attach
+from lora_jax.hf.peft.base_names import BASE_NAME, with_name
 from lora_jax.hf.peft.directory import CONFIG_FILE, local, read_tensors
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.save import with_task
@@ -49,6 +50,7 @@ def save_mlx(
     config: LoraConfig,
     *,
     name_map: NameMap | None = None,
+    base_model_name: str | os.PathLike | None = None,
 ) -> None:
     """Writes an adapter for MLX (`mlx_lm.generate --adapter-path`), whole or not at all.
 
@@ -60,6 +62,7 @@ def save_mlx(
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
       name_map: as for `save_peft`.
+      base_model_name: Hub id or path of the base model, for `model`.
 
     Raises:
       FileExistsError: the directory exists.
@@ -76,7 +79,7 @@ def save_mlx(
     check_single(lora_params)
     leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)
     fields, tensors = with_task(leaves, config, None)
-    found = LoraConfig.from_peft(fields)
+    found = with_name(LoraConfig.from_peft(fields), base_model_name)
     processes.by_first(lambda: write_mlx(directory, found, tensors))
 
 
@@ -87,6 +90,7 @@ def load_mlx(
     *args: Any,
     name_map: NameMap | None = None,
     roles: Mapping[str, str] | None = None,
+    base_model_name: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> tuple[Any, LoraConfig]:
     """Loads an adapter of mlx-lm onto a model: as `load_peft`, from MLX's two files.
@@ -98,6 +102,7 @@ def load_mlx(
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
       name_map: as for `load_peft`.
       roles: as for `load_peft`.
+      base_model_name: as for `load_peft`.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -106,6 +111,9 @@ def load_mlx(
     Raises:
       FileNotFoundError, ValueError: as `read_mlx`; also when the adapter is of another model: one
         message names all that is missing, left over or misshapen.
+
+    Warns:
+      UserWarning: the adapter names another base than `base_model_name`.
     """
     check_function("hf.load_mlx(directory, fn, params, *args)", fn)
     config, tensors = read_mlx(directory)
@@ -116,6 +124,7 @@ def load_mlx(
         params,
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),
+        base_model_name=base_model_name,
     )
 
 
@@ -151,6 +160,8 @@ def write_mlx(
     names = {in_layer(key.rpartition(".")[0]) for key in out}
     lora = {"rank": rank, "scale": scale, "dropout": config.dropout, "keys": sorted(names)}
     content = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora}
+    if name := config.extra.get(BASE_NAME):
+        content["model"] = name
     with replacing(directory) as new:
         new.mkdir()
         save_file(out, new / MLX_FILE)
@@ -191,7 +202,7 @@ def read_mlx(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, np.nda
         tensors[PREFIX + name + ends[is_table]] = np.ascontiguousarray(value.T)
     names = sorted({key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in tensors})
     config = LoraConfig(rank=rank, alpha=scale * rank, dropout=dropout, target_modules=names)
-    return config, tensors
+    return with_name(config, fields.get("model")), tensors
 
 
 def _parameters(path: Path, found: Any) -> tuple[int, float, float]:

@@ -115,13 +115,11 @@ def _load_peft(
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
     from lora_jax.hf.peft.base import warn_of_base
-    from lora_jax.hf.peft.base_names import warn_of_name
 
     content = _read_peft(source, model_type=model.config.model_type)
     loaded = _attach(content, model, source, plan_of)
     # Orbax adapters are compared with the whole base, and GGUF files hold nothing about it.
     warn_of_base(content.base, loaded[0], str(source))
-    warn_of_name(content.config.extra.get("base_model_name_or_path"), model.checkpoint, str(source))
     return loaded
 
 
@@ -130,9 +128,16 @@ def _attach(
 ) -> tuple[Any, LoraConfig]:
     from lora_jax.hf.peft.api import attach
 
-    model_type = model.config.model_type
     config, tensors, _ = content
-    return attach(config, tensors, plan_of, model.params, source=str(source), model_type=model_type)
+    return attach(
+        config,
+        tensors,
+        plan_of,
+        model.params,
+        source=str(source),
+        model_type=model.config.model_type,
+        base_model_name=model.checkpoint,
+    )
 
 
 def _save_peft(
@@ -194,7 +199,7 @@ def _load_mlx(
 def _save_mlx(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    hf.save_mlx(output, adapter.lora_params, adapter.config)
+    hf.save_mlx(output, adapter.lora_params, adapter.config, base_model_name=base_model_name)
 
 
 def _write_mlx(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:
@@ -231,7 +236,14 @@ def _save_gguf(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
     base = hf.base_of(adapter.model.config)
-    hf.save_gguf_lora(output, adapter.lora_params, adapter.config, base=base, dtype=dtype)
+    hf.save_gguf_lora(
+        output,
+        adapter.lora_params,
+        adapter.config,
+        base=base,
+        dtype=dtype,
+        base_model_name=base_model_name,
+    )
 
 
 def _write_gguf(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:

@@ -92,12 +92,22 @@ def test_a_tree_goes_to_mlx_and_back_under_a_name_map(tmp_path):
 
     config = LoraConfig(rank=2, alpha=6, target_modules=("w",), init="random")
     tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
-    hf.save_mlx(tmp_path / "a", tree, config, name_map=using)
+    hf.save_mlx(tmp_path / "a", tree, config, name_map=using, base_model_name="org/tiny-1b")
     saved = load_file(tmp_path / "a" / MLX_FILE)
     assert saved["model.layers.1.mlp.up_proj.lora_a"].shape == (6, 2)
     again, found = hf.load_mlx(tmp_path / "a", model, params, x, name_map=using)
     assert found.rank == 2 and found.alpha == 6
     jax.tree.map(np.testing.assert_array_equal, again, tree)
+    # As mlx-lm writes it, which keeps its arguments in the file.
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["model"] == "org/tiny-1b"
+    )
+    for name in "other/Tiny-1b-4bit", tmp_path / "tiny-1b":
+        hf.load_mlx(tmp_path / "a", model, params, x, name_map=using, base_model_name=name)
+    with pytest.warns(UserWarning, match="names the base `org/tiny-1b`, and `org/tiny-1b-chat` is"):
+        hf.load_mlx(
+            tmp_path / "a", model, params, x, name_map=using, base_model_name="org/tiny-1b-chat"
+        )
 
 
 @pytest.mark.parametrize(

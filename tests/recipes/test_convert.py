@@ -78,9 +78,10 @@ def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind
         same(merged, want)
 
 
-def test_an_adapter_of_another_model_is_said(model, trained, tmp_path):
-    adapter, chat = tmp_path / "adapter", Path("models/tiny-1b-instruct")
-    convert.save_adapter(model, trained, CONFIG, adapter, to="peft", base_model_name="org/tiny-1b")
+@pytest.mark.parametrize(("name", "kind"), [x for x in KINDS.items() if x[1] != "orbax"])
+def test_an_adapter_of_another_model_is_said(model, trained, tmp_path, name, kind):
+    adapter, chat, to = tmp_path / name, Path("models/tiny-1b-instruct"), name.rpartition(".")[2]
+    convert.save_adapter(model, trained, CONFIG, adapter, to=to, base_model_name="org/tiny-1b")
     with pytest.warns(UserWarning, match="names the base `org/tiny-1b`, and `tiny-1b-instruct` is"):
         convert.load_adapter(
             dataclasses.replace(model, checkpoint=chat), adapter, lambda c: plan_model(model, c)

@@ -22,9 +22,10 @@ from lora_jax.hf.gguf.experts import (
 )
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.halves import whole
-from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR
+from lora_jax.hf.gguf.lora_write import EMBEDDING, HUB, LINEAR
 from lora_jax.hf.gguf.names import Base, column_order_of, gguf_names, row_order_of
 from lora_jax.hf.peft.api import attach
+from lora_jax.hf.peft.base_names import with_name
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.experts import in_one
 from lora_jax.hf.peft.index import BASE, PREFIX
@@ -73,12 +74,18 @@ def read_gguf_lora(
     row = GGUF_ARCHITECTURES[base.architecture]
     by = None if params is None else multipliers(params, row)
     pairs = multiplied(whole(together(pairs), base), row, by, inverse=True)
-    config = _config(pairs, base)
+    config = with_name(_config(pairs, base), _base_name(file.metadata))
     return config, _as_peft(pairs, swapped=row.model_type in SWAPPED)
 
 
 def load_gguf_lora(
-    path: str | os.PathLike, fn: Callable, params: Any, *args: Any, base: Base, **kwargs: Any
+    path: str | os.PathLike,
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    base: Base,
+    base_model_name: str | os.PathLike | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, LoraConfig]:
     """Loads a GGUF LoRA file onto a model: as `load_peft`, from a file of llama.cpp's.
 
@@ -88,6 +95,7 @@ def load_gguf_lora(
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
       base: the model, for llama.cpp: `lora_jax.models.gguf.base_of(model.config)`.
+      base_model_name: as for `load_peft`.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -96,6 +104,9 @@ def load_gguf_lora(
     Raises:
       FileNotFoundError, ValueError: as `read_gguf_lora`; also when the adapter is of another
         model: one message names all that is missing, left over or misshapen.
+
+    Warns:
+      UserWarning: the adapter names another base than `base_model_name`.
     """
     config, tensors = read_gguf_lora(path, base=base, params=params)
     return attach(
@@ -105,7 +116,16 @@ def load_gguf_lora(
         params,
         source=str(path),
         model_type=GGUF_ARCHITECTURES[base.architecture].model_type,
+        base_model_name=base_model_name,
     )
+
+
+def _base_name(metadata: Mapping[str, Any]) -> str | None:
+    """The base by its hub id, or by its name, whose words llama.cpp's converter parts."""
+    url, name = (metadata.get(f"general.base_model.0.{key}") for key in ("repo_url", "name"))
+    if isinstance(url, str) and url.startswith(HUB):
+        return url.removeprefix(HUB).rstrip("/")
+    return name.replace(" ", "-") if isinstance(name, str) else None
 
 
 def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:

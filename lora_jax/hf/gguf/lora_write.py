@@ -17,7 +17,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,8 @@ from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, multiplied, mul
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.halves import halved
 from lora_jax.hf.gguf.names import Base, column_order_of, gguf_names, row_order_of
+from lora_jax.hf.hub import is_hub_id
+from lora_jax.hf.peft.base_names import BASE_NAME, with_name
 from lora_jax.hf.peft.experts import fused
 from lora_jax.hf.peft.index import BASE, PREFIX, parameter_of, with_fused_experts
 from lora_jax.hf.peft.prefixes import respelled
@@ -47,14 +49,16 @@ DTYPES = ("float32", "float16", "bfloat16")
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileType
+HUB = "https://huggingface.co/"
 _MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
 
 
 class Content(NamedTuple):
-    """The content of a GGUF LoRA file: its alpha, and tensors under llama.cpp's names."""
+    """The content of a GGUF LoRA file: alpha, tensors by llama.cpp's names, the base's name."""
 
     alpha: float
     tensors: dict[str, np.ndarray]
+    base_name: str | None = None
 
 
 def save_gguf_lora(
@@ -65,6 +69,7 @@ def save_gguf_lora(
     base: Base,
     dtype: str = "float32",
     name: str | None = None,
+    base_model_name: str | os.PathLike | None = None,
 ) -> None:
     """Writes an adapter as a GGUF LoRA file (`llama-cli --lora`), whole or not at all.
 
@@ -77,6 +82,7 @@ def save_gguf_lora(
       base: the model it is for: `lora_jax.models.gguf.base_of(model.config)`.
       dtype: "float32", "float16" or "bfloat16".
       name: written as `general.name`.
+      base_model_name: Hub id or path of the base model, for `general.base_model`.
 
     Raises:
       ValueError: llama.cpp could not apply the adapter, the tree and the config disagree, or a
@@ -90,6 +96,7 @@ def save_gguf_lora(
     row = GGUF_ARCHITECTURES[base.architecture]
     tensors = to_peft(lora_params, config, model_type=row.model_type)[1]
     config = with_fused_experts(leaves_by_path(lora_params), config)
+    config = with_name(config, base_model_name)
     content = to_gguf(tensors, config, base, multipliers(lora_params, row))
     processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))
 
@@ -138,7 +145,7 @@ def to_gguf(
     for module in (m for m in names if m in pairs):  # the same order for every source
         a, b = _in_file(module, pairs[module], alpha, base)
         out[f"{names[module]}.weight.lora_a"], out[f"{names[module]}.weight.lora_b"] = a, b
-    return Content(alpha, out)
+    return Content(alpha, out, config.extra.get(BASE_NAME))
 
 
 def _check_applied(pairs: Mapping[str, FactorPair], base: Base) -> None:
@@ -253,6 +260,11 @@ def _write(path: Path, content: Content, base: Base, *, dtype: str, name: str | 
     writer.add_type(gguf.GGUFType.ADAPTER)
     if name is not None:
         writer.add_name(name)
+    if base_name := content.base_name:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, PurePath(base_name).name)
+        if is_hub_id(base_name):
+            writer.add_base_model_repo_url(0, f"{HUB}{base_name}")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, content.alpha)
     writer.add_file_type(_FILE_TYPES[dtype])

@@ -32,6 +32,7 @@ from lora_jax.hf.peft.base import (
     quantization_of,
     warn_of_base,
 )
+from lora_jax.hf.peft.base_names import BASE_NAME, warn_of_name
 from lora_jax.hf.peft.card import auto_class_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import (
@@ -55,7 +56,6 @@ from lora_jax.plan.leaf import Plan
 from lora_jax.tree import init
 
 TARGETS = ("peft", "vllm")
-
 
 _LOAD = "hf.load_peft(directory, fn, params, *args)"
 
@@ -96,6 +96,7 @@ def load_peft(
     model_type: str | None = None,
     name_map: NameMap | None = None,
     roles: Mapping[str, str] | None = None,
+    base_model_name: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> tuple[Any, LoraConfig]:
     """Loads a PEFT adapter onto a model.
@@ -110,6 +111,8 @@ def load_peft(
         where their paths are these names, or those of transformers' Flax models.
       roles: as `LoraConfig.roles`, by the paths of `params`: for weights whose dims the plan reads
         in another way than the adapter was trained.
+      base_model_name: directory, file or hub id of the base, such as `model.checkpoint`: an adapter
+        that names another base is warned of.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -120,7 +123,8 @@ def load_peft(
         one message names all that is missing, left over or misshapen.
 
     Warns:
-      UserWarning: `save_peft` wrote the adapter over a base that was quantized in another way.
+      UserWarning: `save_peft` wrote the adapter over a base that was quantized in another way; or
+        the adapter names another base than `base_model_name`.
 
     Example:
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
@@ -140,6 +144,7 @@ def load_peft(
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),
         model_type=model_type,
+        base_model_name=base_model_name,
     )
     warn_of_base(trained_over(directory), loaded[0], str(directory))
     return loaded
@@ -154,6 +159,7 @@ def attach(
     source: str,
     name_map: NameMap | None = None,
     model_type: str | None = None,
+    base_model_name: str | os.PathLike | None = None,
 ) -> tuple[Any, LoraConfig]:
     """Puts the content of an adapter's file onto a model.
 
@@ -165,6 +171,7 @@ def attach(
       source: what messages call the adapter.
       name_map: Hugging Face's names of the parameters, where their paths are not these names.
       model_type: as for `load_peft`.
+      base_model_name: as for `load_peft`.
 
     Returns:
       `params` with LoRA leaves, and the config.
@@ -200,11 +207,14 @@ def attach(
     check_tying(config, tensors, plan, source)
     blank = _blank(plan, params, source)
     if places is None:
-        return fill(blank, config, tensors, source=source, model_type=model_type), config
-    blank = with_saved(blank, saved, plan)
-    theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
-    filled = fill(theirs, config, tensors, source=source)
-    return translated.to_ours(filled, blank, places), config
+        filled = fill(blank, config, tensors, source=source, model_type=model_type)
+    else:
+        blank = with_saved(blank, saved, plan)
+        theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
+        theirs = fill(theirs, config, tensors, source=source)
+        filled = translated.to_ours(theirs, blank, places)
+    warn_of_name(config.extra.get(BASE_NAME), base_model_name, source)
+    return filled, config
 
 
 def _plan(
@@ -315,7 +325,7 @@ def save_peft(
         fields, tensors = for_vllm(fields, tensors, config, model_type=model_type)
     if base_model_name is not None:
         check_names(tensors, base_model_name)
-        fields["base_model_name_or_path"] = base_model_name
+        fields[BASE_NAME] = base_model_name
 
     def write() -> None:
         auto_class = auto_class_of(leaves, fields["task_type"])

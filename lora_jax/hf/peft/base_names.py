@@ -5,12 +5,17 @@ weak evidence: mirrors, quantized copies and folders of one's own differ from th
 same model. So only what a name says for sure counts, and other names pass.
 """
 
+import dataclasses
+import os
 import re
 import warnings
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.hub import is_hub_id
+
+BASE_NAME = "base_model_name_or_path"
 
 # Words of copies that hold the same weights in another form, and how such a form may end.
 _FORMS = frozenset(
@@ -42,19 +47,28 @@ class _Named(NamedTuple):
     on_hub: bool
 
 
-def warn_of_name(trained: str | None, loaded: Path | None, source: str) -> None:
+def with_name(config: LoraConfig, name: Any) -> LoraConfig:
+    """A config that names its base, unless there is no name."""
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        return config
+    return dataclasses.replace(config, extra={**config.extra, BASE_NAME: os.fspath(name)})
+
+
+def warn_of_name(trained: str | None, loaded: str | os.PathLike | None, source: str) -> None:
     """Warns where the base that an adapter names is known to be another than the loaded one.
 
     Args:
       trained: `base_model_name_or_path` of the adapter.
-      loaded: the directory or file of the base; None where it is not known.
+      loaded: the base's directory, file or hub id; None where it is not known.
       source: what the warning calls the adapter.
 
     Warns:
       UserWarning: the names are those of different models.
     """
-    # Absolute, it is no hub id; and "." has a name.
-    place = "" if loaded is None else str(loaded.absolute())
+    place = "" if loaded is None else os.fspath(loaded)
+    if place and (isinstance(loaded, Path) or os.path.exists(place) or not is_hub_id(place)):
+        # Absolute, it is no hub id; and "." has a name.
+        place = str(Path(place).absolute())
     there, here = _named(trained or ""), _named(place)
     if there is None or here is None or not _differ(there, here):
         return

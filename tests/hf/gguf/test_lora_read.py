@@ -1,5 +1,7 @@
 """Reading GGUF LoRA files of others: without an alpha, with norms, damaged, for another model."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.models.gguf import base_of
 
 from tests.support.gguf_files import TIED, pair, write_lora
@@ -42,6 +45,37 @@ def test_a_modules_last_name_is_a_target_only_where_no_other_has_it(tmp_path):
     config, _ = read_gguf_lora(path, base=BASE._replace(architecture="gpt2"))
     # `c_proj` alone would be that of the MLP too.
     assert config.target_modules == ("attn.c_proj", "transformer.h.0.attn.c_attn")
+
+
+_HUB = "https://huggingface.co"
+BASES = {
+    "a hub id": ({"repo_url": f"{_HUB}/org/tiny-1b"}, "org/tiny-1b"),
+    "by its name": ({"name": "Tiny 1b", "organization": "Org"}, "Tiny-1b"),
+    "elsewhere": ({"repo_url": "https://example.org/x", "name": "Tiny 1b"}, "Tiny-1b"),
+    "without": ({}, None),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_the_base_that_a_file_names_is_compared(tmp_path, tied, case):
+    fields, named = BASES[case]
+    keys = {f"general.base_model.0.{key}": value for key, value in fields.items()}
+    path = write_lora(tmp_path / "a.gguf", pair(), keys=keys)
+    args = (path, tied.apply, tied.params, TOKENS)
+    _, config = load_gguf_lora(*args, base=BASE, base_model_name="other/tiny-1b")
+    assert config.extra.get("base_model_name_or_path") == named
+    with nullcontext() if named is None else pytest.warns(UserWarning, match=f"names .* `{named}`"):
+        load_gguf_lora(*args, base=BASE, base_model_name=tmp_path / "tiny-1b-chat.Q4_K_M.gguf")
+
+
+def test_the_base_that_is_written_is_read_again(tmp_path, tied):
+    tree, config = load_gguf_lora(
+        write_lora(tmp_path / "a.gguf", pair()), tied.apply, tied.params, TOKENS, base=BASE
+    )
+    for name, read in ("org/tiny-1b", "org/tiny-1b"), (tmp_path / "tiny-1b", "tiny-1b"):
+        save_gguf_lora(tmp_path / "b.gguf", tree, config, base=BASE, base_model_name=name)
+        again, _ = read_gguf_lora(tmp_path / "b.gguf", base=BASE)
+        assert again.extra["base_model_name_or_path"] == read
 
 
 BROKEN = {

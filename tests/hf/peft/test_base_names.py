@@ -1,10 +1,14 @@
 """An adapter that names another base than the loaded one."""
 
+import re
 import warnings
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import lora_jax as lora
 from lora_jax.hf.peft.base_names import warn_of_name
 
 _HASH = "9f0b6c1d" * 5
@@ -80,12 +84,34 @@ SAME = [
 
 @pytest.mark.parametrize(("trained", "loaded"), OTHER)
 def test_another_model_is_said(trained, loaded):
-    with pytest.warns(UserWarning, match="ad: the adapter names the base .* is loaded"):
-        warn_of_name(trained, loaded and Path(loaded), "ad")
+    for given in _spellings(loaded):
+        with pytest.warns(UserWarning, match="ad: the adapter names the base .* is loaded"):
+            warn_of_name(trained, given, "ad")
 
 
 @pytest.mark.parametrize(("trained", "loaded"), SAME)
 def test_another_name_of_the_same_model_passes(trained, loaded):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_name(trained, loaded and Path(loaded), "ad")
+        for given in _spellings(loaded):
+            warn_of_name(trained, given, "ad")
+
+
+def _spellings(place):
+    """A path and text; and the hub id of a folder in the cache."""
+    cached = re.search(r"models--([\w.-]+)--([\w.-]+)", place or "")
+    return [place and Path(place), place, *(["/".join(cached.groups())] if cached else [])]
+
+
+def test_load_peft_takes_the_base(tmp_path):
+    def model(params, x):
+        return x @ params["up"]["kernel"]
+
+    params, x = {"up": {"kernel": jnp.ones((4, 6))}}, jnp.ones((1, 4))
+    config = lora.LoraConfig(rank=2, target_modules=("up",))
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
+    lora.hf.save_peft(tmp_path, tree, config, base_model_name="org/tiny-1b")
+    for same in None, "mirror/Tiny-1b-hf", tmp_path / "base":
+        lora.hf.load_peft(tmp_path, model, params, x, base_model_name=same)
+    with pytest.warns(UserWarning, match=r"the base `org/tiny-1b`, and `tiny-1b-instruct` is load"):
+        lora.hf.load_peft(tmp_path, model, params, x, base_model_name="/m/tiny-1b-instruct")
