@@ -121,7 +121,8 @@ def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     Kernels of one input stay floats: a convolution's that has a filter for each channel.
     """
     *modules, last = path.split(".")
-    kernel = last == "kernel" or modules[-1:] == ["experts"]
+    of_experts = modules[-1:] == ["experts"] and not last.endswith("_bias")
+    kernel = last == "kernel" or of_experts
     return kernel and leaf.shape[-2:-1] > (1,) and not _HEADS & set(modules)
 
 

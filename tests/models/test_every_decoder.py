@@ -88,3 +88,11 @@ def test_convolutions_of_a_channel_each_stay_floats():
     leaf = jax.ShapeDtypeStruct((3, 4, 1, 48), jnp.float32)
     assert not is_kernel("model.layers.linear_attn.conv1d.kernel", leaf)
     assert is_kernel("model.layers.mlp.up_proj.kernel", jax.ShapeDtypeStruct((3, 4, 48), "float32"))
+
+
+def test_biases_of_experts_stay_floats():
+    # (layers, experts, outputs): a matrix by its shape alone.
+    bias = jax.ShapeDtypeStruct((3, 64, 48), "float32")
+    assert not is_kernel("model.layers.mlp.experts.down_proj_bias", bias)
+    weights = jax.ShapeDtypeStruct((3, 64, 48, 32), "float32")
+    assert is_kernel("model.layers.mlp.experts.down_proj", weights)
