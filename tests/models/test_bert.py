@@ -34,7 +34,6 @@ CLASSES = {
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
 }
-SPREAD = {"initializer_range": 0.02}
 CASES = {
     "bert": ("bert", "features", {}),
     "bert classifies": ("bert", "sequence-classification", dict(num_labels=3)),
@@ -112,7 +111,6 @@ def saved(tmp_path_factory):
             **{"distilbert": DISTIL, "modernbert": MODERN, "deberta-v2": DEBERTA}.get(kind, SIZES),
             "model_type": kind,
             "auto": CLASSES[task],
-            **SPREAD,
             **more,
         }
         for case, (kind, task, more) in CASES.items()
@@ -417,7 +415,7 @@ def test_a_bare_encoders_checkpoint_gets_a_head_that_is_asked_for(saved):
     kernel = model.params["bert"]["encoder"]["layer"]["attention"]["self"]["query"]["kernel"]
     np.testing.assert_array_equal(kernel[1], weight.T)
     head = model.params["classifier"]
-    assert head["kernel"].shape == (32, 3) and 0.01 < float(jnp.std(head["kernel"])) < 0.03
+    assert head["kernel"].shape == (32, 3) and 0.2 < float(jnp.std(head["kernel"])) < 0.4
     np.testing.assert_array_equal(head["bias"], np.zeros(3))
     tokens, mask, types = texts()
     pooled = answer(saved, "bert", mask, tokens, types)["pooler_output"]

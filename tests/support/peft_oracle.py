@@ -117,9 +117,10 @@ def contents(directory: Path) -> dict:
         metadata = file.metadata()
     tensors = dict(sorted(load_file(directory / TENSORS).items()))
     config = json.loads((directory / CONFIG).read_text())
-    # PEFT has a set here, whose order changes from process to process.
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    # PEFT has sets of names, whose order changes from process to process.
+    for value in config.values():
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            value.sort()
     text = json.dumps(config, indent=2, sort_keys=True)
     return {"config": text, "metadata": metadata, "tensors": tensors}
 
