@@ -215,7 +215,7 @@ def _rows(model: Any, record: Record, *, windows: bool = False) -> list[Row]:
         if len(row.tokens) > context:
             shown = str(record.fields[0])[:40]
             raise ValueError(
-                f"a text has {len(row.tokens)} tokens, more than the model's context of "
+                f"{record.source} has {len(row.tokens)} tokens, more than the model's context of "
                 f"{context}: {shown!r}"
             )
     return rows

@@ -18,7 +18,7 @@ from lora_jax.config.arguments import SettingsError, check_count, kind_of, quote
 from lora_jax.hf.images import Pixels
 from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.goals import Goal, goal_of
-from lora_jax.train.jsonl import Record, load_jsonl
+from lora_jax.train.jsonl import Record, at_source, load_jsonl
 from lora_jax.train.labelled import rows_of
 from lora_jax.train.messages import is_empty, is_learned
 
@@ -304,10 +304,8 @@ def _fit_both(example: Example, max_length: int, ends: int) -> Example:
 
 def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
     made = []
-    try:
+    with at_source(record):  # a template that refuses the chat, a text that cannot be read
         found = _FORMS[record.form](record, tokenizer)
-    except ValueError as error:  # a template that refuses the chat, a text that cannot be read
-        raise ValueError(f"{record.source}: {error}") from None
     for tokens, marks in found:
         learned = np.asarray(marks, bool)
         # No token before the first one predicts it.
@@ -338,8 +336,9 @@ def _read_first(record: Record, tokenizer: Any, start: int) -> Example:
             f'"{record.form}"'
         )
     prompt, completion = record.fields
-    read = tokenizer.encode(prompt)
-    tokens = [start, *_with_eos(list(tokenizer.encode(completion)), tokenizer)]
+    with at_source(record):
+        read = tokenizer.encode(prompt)
+        tokens = [start, *_with_eos(list(tokenizer.encode(completion)), tokenizer)]
     learned = np.arange(len(tokens)) > 0
     both = (np.asarray(x, np.int32) for x in (tokens, read))
     return Example(next(both), learned, record.source, read=next(both))

@@ -18,6 +18,7 @@ names the file and the line.
 """
 
 import codecs
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,15 @@ class Record(NamedTuple):
     source: str
     options: Mapping[str, Any] = {}  # noqa: RUF012
     label: Any = None
+
+
+@contextlib.contextmanager
+def at_source(record: Record) -> Iterator[None]:
+    """Puts a record's file and line before a ValueError about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{record.source}: {error}") from None
 
 
 # Endings of other files of data, and what `datasets.load_dataset` calls them.

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.config.arguments import quoted
 from lora_jax.train.goals import Goal
-from lora_jax.train.jsonl import Record
+from lora_jax.train.jsonl import Record, at_source
 
 # The share of a row that windows of a long context have in common: 128 of 384 tokens in the
 # examples of transformers.
@@ -72,7 +72,8 @@ def rows_of(
         return list(_answered(record, tokenizer, window, known))
     if goal.per == "token":
         return [_marked(record, tokenizer, labels, known)]
-    encoded = tokenizer.encoded(*record.fields)
+    with at_source(record):
+        encoded = tokenizer.encoded(*record.fields)
     size = (len(labels),) if goal.floats else ()
     target = np.zeros(size, np.float32 if goal.floats else np.int32)
     if known:
@@ -157,7 +158,8 @@ def _marked(record: Record, tokenizer: Any, labels: Sequence[str], known: bool) 
             f'{record.source}: "tokens" are {len(words)} words, and need as many "labels" or '
             f'"ner_tags", got {record.label!r}'
         )
-    encoded = tokenizer.encoded_words(words)
+    with at_source(record):
+        encoded = tokenizer.encoded_words(words)
     ids = encoded.word_ids
     # The tokens of a word follow each other.
     first = np.array([i is not None and i != j for i, j in zip(ids, [None, *ids], strict=False)])
@@ -179,15 +181,9 @@ def _answered(record: Record, tokenizer: Any, window: int | None, known: bool) -
     """Windows of a context behind the question, each with the answer's tokens, or 0 without it."""
     question, context = record.fields
     first, end = _characters(record, context) if known else (-1, -1)
-    stride = 0
-    if window:
-        # Less than the context's share of a window.
-        left = window - len(tokenizer.encode(question))
-        stride = min(int(window * _OVERLAP), max(left, 0) // 2)
-    try:
+    stride = int((window or 0) * _OVERLAP)
+    with at_source(record):
         whole = tokenizer.encoded(question, context, window=window, stride=stride)
-    except ValueError as error:
-        raise ValueError(f"{record.source}: {error}") from None
     for encoded in (whole, *whole.overflowing):
         inside = np.array([number == 1 for number in encoded.sequence_ids])
         spans = np.where(inside[:, None], np.asarray(encoded.offsets), -1)

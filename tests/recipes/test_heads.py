@@ -163,9 +163,31 @@ def test_an_answer_is_found_in_a_window_of_its_context():
     assert windows[0].targets.tolist() == [[0, 0]]
     with pytest.raises(ValueError, match='too_long="truncate" or'):
         examples([record], tokenizer, max_length=24, config=config)
+    asked = record_of({**ROWS["question-answering"][0], "question": "Who? " * 9}, source="d:7")
+    with pytest.raises(ValueError, match="^d:7: the first text has .* in a window of 24 tokens"):
+        examples([asked], tokenizer, max_length=24, too_long="windows", config=config)
     moved = {**ROWS["question-answering"][0], "answers": {"text": ["Tom"], "answer_start": [3]}}
     with pytest.raises(ValueError, match='the answer "Tom" is not at character 3 of the context'):
         examples([record_of(moved)], tokenizer, max_length=100, config=config)
+
+
+@pytest.mark.parametrize("question", ["?", "Who is it, and where?"])
+def test_each_window_has_something_new_of_the_context(question):
+    tokenizer = closing(tiny.tiny_tokenizer())
+    context = " ".join(str(number) for number in range(40))
+    whole = tokenizer.encoded(question, context)
+    first, second = (whole.sequence_ids.count(number) for number in (0, 1))
+    around = len(whole.ids) - first - second
+    for window in range(first + around + 1, len(whole.ids) + 1):
+        row, seen = tokenizer.encoded(question, context, window=window, stride=window // 3), []
+        for each in (row, *row.overflowing):
+            assert len(each.ids) <= window
+            own = [each.offsets[i] for i, n in enumerate(each.sequence_ids) if n == 1]
+            assert own[-1] not in seen
+            seen += [place for place in own if place not in seen]
+        assert seen == whole.offsets[-second - 1 : -1]
+    with pytest.raises(ValueError, match=f"has {first} tokens, which with {around} special ones"):
+        tokenizer.encoded(question, context, window=first + around)
 
 
 @pytest.mark.parametrize(

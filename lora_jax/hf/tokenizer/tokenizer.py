@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lora_jax.config.arguments import kind_of
 from lora_jax.hf.tokenizer import chat
 from lora_jax.hf.tokenizer.backends import build, special_token
-from lora_jax.hf.tokenizer.panics import without_panics
+from lora_jax.hf.tokenizer.panics import check_texts, checked_ids, without_panics
 
 Message = Mapping[str, Any]
 
@@ -147,8 +146,11 @@ class Tokenizer:
           pairs: as many second texts, or None.
 
         Raises:
+          TypeError: one text.
           ValueError: no text, or another number of second texts.
         """
+        check_texts(texts)
+        check_texts(pairs or ())
         if not texts or (pairs is not None and len(pairs) != len(texts)):
             raise ValueError(
                 f"`texts` must be at least one and `pairs` as many, got {len(texts)} and "
@@ -174,12 +176,25 @@ class Tokenizer:
 
         Args:
           text, pair: the texts.
-          window: tokens of a row at most; what more the second text has is in further rows
-            (`overflowing`).
-          stride: tokens that two of those have in common.
+          window: tokens of a row of a pair at most; what more the second text has is in further
+            rows (`overflowing`).
+          stride: tokens that two of those have in common, half of the second text's at most.
+
+        Raises:
+          ValueError: as `encode`, or the first text leaves no room for the second in a window.
         """
-        if window is None:
-            return self._encoded(text, pair)
+        row = self._encoded(text, pair)
+        if window is None or len(row.ids) <= window:
+            return row
+        first = row.sequence_ids.count(0)
+        around = len(row.ids) - first - row.sequence_ids.count(1)
+        if (room := window - first - around) < 1:
+            raise ValueError(
+                f"the first text has {first} tokens, which with {around} special ones leave no room"
+                f" for the second in a window of {window} tokens: shorten it, or leave the row out"
+            )
+        # The library panics where no token is new.
+        stride = min(stride, room // 2)
         with self._reading():
             self._cutting.enable_truncation(window, stride=stride, strategy="only_second")
             row = self._cutting.encode(text, pair)
@@ -196,6 +211,7 @@ class Tokenizer:
 
         As transformers' `is_split_into_words`, for which it wants `add_prefix_space`.
         """
+        check_texts(words)
         with self._reading():
             row = self._of_words.encode(list(words), is_pretokenized=True)
         self._check(row)
@@ -211,11 +227,9 @@ class Tokenizer:
         """Text of tokens; special tokens are left out by default.
 
         Raises:
-          TypeError: a text.
+          TypeError, ValueError: no token ids, or rows of them.
         """
-        if isinstance(ids, str):
-            raise TypeError(f"`ids` must be token ids, got {ids!r}, a text")
-        text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode(checked_ids(ids), skip_special_tokens=skip_special_tokens)
         return _cleaned(text) if self.clean_up else text
 
     def apply_chat_template(
@@ -296,8 +310,7 @@ class Tokenizer:
             raise ValueError(f"{_named(self.paths.get(name))}{error}") from None
 
     def _encoded(self, text: str, pair: str | None = None, **options: Any) -> Any:
-        if not isinstance(text, str):
-            raise TypeError(f"the tokenizer reads one text at a time, got {kind_of(text)}")
+        check_texts([text] if pair is None else [text, pair])
         with self._reading():
             row = self.backend.encode(text, pair, **options)
         self._check(row)

@@ -272,6 +272,29 @@ def test_an_expression_that_takes_too_long_is_an_error(capfd):
     assert capfd.readouterr().err == "a warning\n"
 
 
+WRONG = {
+    "no text": (lambda t: t.encode(None), "reads one text at a time, got `NoneType`"),
+    "a second one": (lambda t: t.encoded("a", 3), "reads one text at a time, got `int` 3"),
+    "bytes": (lambda t: t.encode_prompt(b"a"), "reads one text at a time, got `bytes`"),
+    "one text": (lambda t: t.encode_batch("ab"), "reads a list of texts here, got `str` 'ab'"),
+    "one word": (lambda t: t.encoded_words("ab"), "reads a list of texts here, got `str` 'ab'"),
+    "no words": (lambda t: t.encoded_words([None]), "reads one text at a time, got `NoneType`"),
+    "pairs": (lambda t: t.encode_batch(["a"], [3]), "reads one text at a time, got `int` 3"),
+    "half": (lambda t: t.encode("ab\ud800"), r"has `\\ud800` at character 2, half of a charac"),
+    "rows": (lambda t: t.decode([[1]]), "must be the token ids of one text, got `list`"),
+    "floats": (lambda t: t.decode([1.5]), "must be the token ids of one text, got `list`"),
+    "a number": (lambda t: t.decode(3), "must be the token ids of one text, got `int` 3"),
+    "below 0": (lambda t: t.decode([1, -1]), "`ids` must be token ids, got -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_text_is_said(case):
+    read, match = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=match):
+        read(Tokenizer(backend=small()))
+
+
 GGUF = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
