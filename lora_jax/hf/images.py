@@ -6,6 +6,7 @@ As transformers' `ViTImageProcessor` does with Pillow, which resizes whole numbe
 What is transparent is white.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,8 +97,12 @@ class ImageProcessor:
             )
 
     @staticmethod
-    def from_hf(raw: Mapping[str, Any]) -> "ImageProcessor":
+    def from_hf(raw: Mapping[str, Any], *, channels: int = 3) -> "ImageProcessor":
         """Reads the object in preprocessor_config.json.
+
+        Args:
+          raw: the object.
+          channels: of the images, all of which a mean that is one number is for.
 
         Raises:
           ValueError: a field whose value changes pixels and is not supported.
@@ -109,7 +114,10 @@ class ImageProcessor:
                 f"`image_processor_type` is of {kind}, which reads images otherwise than ViT's and "
                 f"DeiT's: {_WAY}"
             )
-        raw = {**_DEFAULTS[kind], **{name: x for name, x in raw.items() if x is not None}}
+        raw = {name: x for name, x in raw.items() if x is not None}
+        if isinstance(raw.get("size"), int) and not raw.get("default_to_square", True):
+            raw["size"] = {"shortest_edge": raw["size"]}
+        raw = {**_DEFAULTS[kind], **raw}
         known = {name: raw[name] for name in _FIELDS if name in raw}
         more = [name for name in raw if name not in (*_FIELDS, *_NAMES) and raw[name] is not False]
         if more:
@@ -123,7 +131,7 @@ class ImageProcessor:
                 known[name] = _size(name, known[name])
         for name in ("image_mean", "image_std"):
             if name in known:
-                known[name] = tuple(np.atleast_1d(known[name]).astype(float).tolist())
+                known[name] = _of_channels(name, known[name], channels)
         return ImageProcessor(**known)
 
     def to_hf(self) -> dict[str, Any]:
@@ -191,23 +199,45 @@ def _middle(image: Any, height: int, width: int) -> Any:
     return image.crop((left, top, left + width, top + height))
 
 
+def _of_channels(name: str, given: Any, channels: int) -> tuple[float, ...]:
+    """A number for each channel, of one number or a list."""
+    listed = given if isinstance(given, list | tuple) else [given] * channels
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in listed):
+        raise ValueError(f"`{name}` must be a number, or a list of one a channel, got {given!r}")
+    return tuple(map(float, listed))
+
+
 def _size(name: str, given: Any) -> tuple[int, int]:
-    """Height and width, of a number or an object with both."""
+    """Height and width, of a number, a list or an object with both."""
     if isinstance(given, int):
         return given, given
     if isinstance(given, Mapping) and set(given) == {"height", "width"}:
         return given["height"], given["width"]
+    if isinstance(given, list | tuple) and len(given) == 2:
+        return given[0], given[1]
     raise ValueError(f"`{name}` must be a number, or height and width, got {given!r}: {_WAY}")
 
 
-def read_processor(directory: Path) -> ImageProcessor | None:
+def read_processor(directory: Path, *, channels: int) -> ImageProcessor | None:
     """The processor of a Hugging Face directory, or None where it has none.
+
+    Args:
+      directory: the directory.
+      channels: of the images that the model reads.
 
     Raises:
       ValueError: a broken file, or one that is not supported.
     """
     raw = read_object(directory / FILE, optional=True)
+    if not raw:
+        return None
     try:
-        return ImageProcessor.from_hf(raw) if raw else None
+        found = ImageProcessor.from_hf(raw, channels=channels)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{directory / FILE}: {error}") from None
+    if (count := len(found.image_mean)) != channels:
+        raise ValueError(
+            f"{directory / FILE}: `image_mean` is of {count} channels, and the model's "
+            f"`num_channels` is {channels}"
+        )
+    return found

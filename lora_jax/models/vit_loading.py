@@ -52,7 +52,8 @@ def open_images(
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     if labels:
         config = replace(config, labels=tuple(labels), problem_type=problem)
-    forward, processor = ImageForward(config=config, **options), read_processor(directory)
+    forward = ImageForward(config=config, **options)
+    processor = read_processor(directory, channels=config.num_channels)
 
     def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
         shapes = forward.shapes()

@@ -11,7 +11,7 @@ from PIL import Image
 import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.cli import main
-from lora_jax.hf.images import FILE, ImageProcessor
+from lora_jax.hf.images import FILE, ImageProcessor, read_processor
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import finetune
 from lora_jax.recipes.classify import scores
@@ -86,6 +86,7 @@ PROCESSORS = {
     "cropped": {"size": {"height": 9, "width": 10}, "do_center_crop": True,
                 "crop_size": {"height": 6, "width": 5}},
     "small": {"size": 5, "do_center_crop": True, "crop_size": {"height": 8, "width": 4}},
+    "one mean": {"size": [8, 5], "image_mean": 0.4, "image_std": 0.3, "default_to_square": False},
     "another class": {"image_processor_type": "DeiTImageProcessorFast", "size": 9, "crop_size": 6},
 }  # fmt: skip
 
@@ -108,6 +109,31 @@ def test_pixels_are_transformers(case):
     np.testing.assert_array_equal(
         processor(np.asarray(made("RGB"))).values, processor(made("RGB")).values
     )
+
+
+REFUSED = {
+    "a shorter edge": ({"size": {"shortest_edge": 8}}, "`size` must be a number, or height and w"),
+    "no square": ({"size": 8, "default_to_square": False}, "got {'shortest_edge': 8}"),
+    "no mean": ({"image_mean": "0.5"}, "`image_mean` must be a number, or a list of one a channel"),
+    "padded": ({"do_pad": True, "pad_size": 9}, "field `do_pad` = True is not supported"),
+    "no filter": ({"resample": 7}, "`resample` must be a number from 0 to 5, got 7"),
+    "other channels": ({"image_mean": [0.5], "image_std": [1]}, "of 1 channels, .* `num_channels`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_processors_are_refused_by_name(tmp_path, case):
+    fields, match = REFUSED[case]
+    (tmp_path / FILE).write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"{FILE}: .*{match}"):
+        read_processor(tmp_path, channels=3)
+
+
+def test_one_mean_is_of_every_channel(tmp_path):
+    (tmp_path / FILE).write_text(json.dumps({"size": 8, "image_mean": 0.4, "image_std": 0.3}))
+    for channels in (1, 3):
+        processor = read_processor(tmp_path, channels=channels)
+        assert processor(made("RGB")).values.shape == (channels, 8, 8)
 
 
 def test_a_photograph_is_turned_as_it_was_held(tmp_path):

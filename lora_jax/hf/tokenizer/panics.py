@@ -1,7 +1,7 @@
-"""Calls of the library tokenizers: what it takes, and its panics in Rust.
+"""Calls of the library tokenizers: what it takes, and its panics, as where a regex takes too long.
 
-It panics where an expression takes too long. Python gets a panic as an error that is no Exception. Before, Rust has written a text of its own to
-the process's stderr, which nothing in Python turns off.
+Python gets a panic in Rust as an error that is no Exception. Before, Rust has written a text of its
+own to the process's stderr, which nothing in Python turns off.
 """
 
 import atexit
@@ -38,8 +38,8 @@ def check_texts(texts: Iterable[Any]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the text has `\\u{ord(text[error.start]):04x}` at character {error.start}, half of"
-                " a character (a lone surrogate): take it out"
+                f"the text has `\\u{ord(text[error.start]):04x}` at character {error.start}, which "
+                "is half of a character (a lone surrogate): take it out"
             ) from None
 
 
