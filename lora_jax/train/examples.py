@@ -270,7 +270,7 @@ def _fit(
     if example.read is not None:
         length = max(length - 1, len(example.read))
         if length > max_length and too_long == "truncate":
-            return _fit_both(example, max_length, ends or 1)
+            return _fit_both(example, max_length, ends)
     if length > max_length:
         if too_long == "skip":
             return None

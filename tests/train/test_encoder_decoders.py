@@ -9,11 +9,13 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import main
+from lora_jax.hf.tokenizer import from_directory
 from lora_jax.models.registry import inputs_of
 from lora_jax.models.saving import save_model
-from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
+from lora_jax.train import TrainConfig, evaluate, examples, fit, iterate, loader, record_of
 
 from tests.support.oracle import oracle
+from tests.support.their_tokenizers import NAMES, around, backend_of, transformers_reads
 from tests.support.tiny import tiny_tokenizer
 from tests.support.torch_models import load
 
@@ -99,6 +101,66 @@ def test_long_texts_are_cut_before_their_ends(directory):
                       {"role": "assistant", "content": "b"}]}, "messages")):  # fmt: skip
         with pytest.raises(ValueError, match=f'learns "completion" from "prompt", got "{form}"'):
             examples([record_of(row)], model.tokenizer, max_length=6, config=model.config)
+
+
+TEXTS = (
+    ("The quick brown fox doesn't jump", "it's lazy 123"),
+    ("  two  spaces and <extra_id_0> a tab ", "<extra_id_0> two words </s>"),
+    ("a", "Grün ist die Heide — 猫 and longer than the window is"),
+)
+KINDS = {
+    "t5": ("T5Tokenizer", {"extra_ids": 7}, "$A </s>"),
+    "mt5": ("T5Tokenizer", {}, "$A </s>"),
+    "umt5": ("T5Tokenizer", {}, None),
+    # AutoTokenizer follows the file, which puts nothing behind a text.
+    "umt5, open": ("PreTrainedTokenizerFast", {}, None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("most", [64, 9])
+def test_rows_are_those_of_text_target(tmp_path, kind, most):
+    """Also its collator's labels, whose padding is -100."""
+    name, settings, single = KINDS[kind]
+    backend = backend_of("unigram")
+    if single is not None:
+        backend.post_processor = around(single)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": name, **NAMES, **settings}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind.partition(",")[0]}))
+    tokenizer = from_directory(tmp_path)
+
+    def run(theirs):
+        from transformers import DataCollatorForSeq2Seq
+
+        cut = dict(max_length=most, truncation=True)
+        rows = [theirs(text, text_target=target, **cut) for text, target in TEXTS]
+        batch = DataCollatorForSeq2Seq(theirs, return_tensors="np")([dict(row) for row in rows])
+        return {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
+
+    theirs = transformers_reads(f"text_target/{kind}.{most}", tmp_path, run)
+    ends = [tokenizer.eos_id] * (tokenizer.closing == 0)
+    config = models.config_from_hf({**FIELDS, "vocab_size": 400, "decoder_start_token_id": 3})
+    records = [record_of({"prompt": a, "completion": b}) for a, b in TEXTS]
+    data = examples(records, tokenizer, max_length=most, config=config, too_long="truncate")
+    layout = loader(data, batch_size=len(data), buckets=1)
+    (item,) = list(iterate(layout, 1))
+    reads, learned = item.batch.reads[0], item.batch.weights[0] > 0
+    labels = np.full(item.batch.tokens[0].size, -100)
+    labels[item.batch.positions[0][learned]] = item.batch.targets[0][learned]
+    labels = labels.reshape(item.batch.tokens[0].shape)
+    order = [[d.read.tolist() for d in data].index(row[row >= 0].tolist()) for row in reads]
+    for row, own, number in zip(reads, labels, order, strict=True):
+        want = [x for x, m in zip(theirs["input_ids"][number], theirs["attention_mask"][number],
+                                  strict=True) if m]  # fmt: skip
+        assert row[row >= 0].tolist() == want
+        # Without a closing token, theirs never learn to end.
+        want = [*[x for x in theirs["labels"][number] if x != -100], *ends][:most]
+        want[-1:] = ends or want[-1:]
+        assert own[own != -100].tolist() == want and (own[len(want) :] == -100).all()
+        tokens = item.batch.tokens[0][reads.tolist().index(row.tolist())]
+        assert tokens[: len(want)].tolist() == [3, *want[:-1]]
 
 
 @pytest.mark.slow
