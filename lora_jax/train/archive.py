@@ -23,7 +23,7 @@ from lora_jax.checkpoint.folder import steps_in
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.peft import MAPPED
-from lora_jax.files import locked, write_text
+from lora_jax.files import locked, read_object, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import Loader
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -41,6 +41,18 @@ class Archive(NamedTuple):
 
     directory: Path
     manager: Any
+
+
+class Batched(NamedTuple):
+    """How a run lays its data out, which it keeps when the rule for that changes.
+
+    Attributes:
+      ladder: the lengths that batches are padded to; None in checkpoints without it.
+      packed: tokens of a packed row, or None.
+    """
+
+    ladder: tuple[int, ...] | None
+    packed: int | None
 
 
 class Start(NamedTuple):
@@ -147,6 +159,20 @@ def check_shared(directory: Path) -> None:
             token.unlink()
 
 
+def batched(config: TrainConfig) -> Batched | None:
+    """How the run that is resumed lays its data out; None where there is none."""
+    if config.output_dir is None or not config.resume:
+        return None
+    place = config.output_dir.absolute() / RUN_CHECKPOINTS
+    for step in steps_in(place):
+        # Every checkpoint of the run has it; one that is damaged is said when it is restored.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            run = read_object(place / str(step) / "meta" / "metadata")["run"]
+            ladder = run.get("ladder")
+            return Batched(ladder and tuple(ladder), run["train"].get("packed_length"))
+    return None
+
+
 def describe(
     config: TrainConfig,
     total: int,
@@ -160,7 +186,7 @@ def describe(
     settings = _settings(config, total, data.examples, packed, lora_config)
     # Through JSON, as the stored one is: a tuple would differ from the list that is read back.
     of_model = {"base": fingerprint(lora_params), "plan": outline(lora_params)}
-    return json.loads(json.dumps({**settings, **of_model}))
+    return json.loads(json.dumps({**settings, **of_model, "ladder": data.ladder}))
 
 
 def _settings(

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from lora_jax.config.arguments import check_argument, check_tree
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import check_length
 from lora_jax.multi.single import check_single
+from lora_jax.train.archive import Batched, batched
 from lora_jax.train.batches import Loader, loader
 from lora_jax.train.buckets import ladder_for, lengths_of, row_multiple, widths_for
 from lora_jax.train.config import TrainConfig, check_total, total_steps
@@ -162,6 +163,8 @@ def arrange(
 ) -> tuple[tuple[int, ...], Choice, int]:
     """The buckets, whether to pack, and the optimizer steps of a run; needs no parameters.
 
+    A run that is resumed has those of its checkpoint, whatever is chosen today.
+
     Args:
       model, data, config: as for `fit`.
       spans: the parts of a row on a mesh.
@@ -173,8 +176,14 @@ def arrange(
     check_causal(model)
     lengths = lengths_of(data)
     rows = config.batch_size * config.accumulation
-    ladder = ladder_for(data, lengths, config.buckets, rows=rows, spans=spans)
+    kept = batched(config)
+    ladder = ladder_for(
+        data, lengths, _buckets(config, kept, lengths, spans), rows=rows, spans=spans
+    )
     able = _takes_packed(model, config)
+    if kept is not None and config.packing == "auto":
+        length = kept.packed and (config.packed_length or kept.packed)
+        config = replace(config, packing=kept.packed is not None, packed_length=length)
     choice = choose(
         lengths,
         ladder,
@@ -191,6 +200,15 @@ def arrange(
     total = total_steps(config, choice.steps)
     check_total(config, total)
     return ladder, choice, total
+
+
+def _buckets(
+    config: TrainConfig, kept: Batched | None, lengths: Sequence[int], spans: int
+) -> int | tuple[int, ...] | None:
+    """The buckets of the config, or those of the checkpoint where they hold this data."""
+    ladder = None if kept is None or kept.packed else kept.ladder
+    fits = ladder and max(lengths) <= ladder[-1] and not any(rung % spans for rung in ladder)
+    return ladder if fits and not isinstance(config.buckets, tuple) else config.buckets
 
 
 def layout(

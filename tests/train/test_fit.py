@@ -19,6 +19,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.train import archive, buckets
 from lora_jax.train.step import Programs
 
 from tests.support.places import ROOT
@@ -248,11 +249,37 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
         toy_fit(tmp_path, steps=8, evals=0, resume=True, learning_rate=0.06)
 
 
-def test_an_unfinished_run_keeps_its_length(tmp_path):
-    def stop(record):
-        if record["step"] == 3:
-            raise RuntimeError("stopped")
+def stop(record):
+    if record["step"] == 3:
+        raise RuntimeError("stopped")
 
+
+def test_a_resumed_run_keeps_its_buckets(tmp_path, monkeypatch):
+    """Also where the rule that chose them has changed; a checkpoint without them follows it."""
+    options: Any = {"steps": 6, "evals": 0, "buckets": None, "save_every": 2}
+    whole, describe = toy_fit(**options), archive.describe
+    for name in "new", "old":
+        with pytest.raises(RuntimeError, match="stopped"):
+            toy_fit(tmp_path / name, **options, hooks=train.Hooks(record=stop))
+
+        def without(*args, **named):
+            return {k: v for k, v in describe(*args, **named).items() if k != "ladder"}
+
+        monkeypatch.setattr(archive, "describe", without)
+    monkeypatch.setattr(archive, "describe", describe)
+    monkeypatch.setattr(buckets, "_LEAST", 1)
+    monkeypatch.setattr(buckets, "_MOST", 1)
+    resumed = toy_fit(tmp_path / "new", **options, resume=True)
+    assert numbers(resumed.history) == numbers(whole.history)
+    assert_same_bits(resumed.lora_params, whole.lora_params)
+    changed = toy_fit(tmp_path / "old", **options, resume=True)
+    assert numbers(changed.history)[:2] == numbers(whole.history)[:2]
+    assert changed.step == 6 and numbers(changed.history) != numbers(whole.history)
+    with pytest.raises(ValueError, match="was trained on other data"):
+        toy_fit(tmp_path / "new", **options, resume=True, data=toy_data(30, seed=1))
+
+
+def test_an_unfinished_run_keeps_its_length(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         toy_fit(tmp_path, steps=6, save_every=2, evals=0, hooks=train.Hooks(record=stop))
     with pytest.raises(ValueError, match="`steps` was 6 and is 8"):

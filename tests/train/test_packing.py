@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lora
 from lora_jax import models, train
-from lora_jax.train import Example, TrainConfig, batches_per_epoch, iterate, loader, once
+from lora_jax.train import Example, TrainConfig, batches_per_epoch, iterate, loader, once, packing
 from lora_jax.train.batches import padding_share
 from lora_jax.train.loss import Rows
 from lora_jax.train.packing import choose, pack_epoch, rows_by_rank
@@ -262,6 +262,25 @@ def test_a_packed_run_resumes_to_the_bit_in_the_middle_of_an_epoch(tmp_path):
     resumed, _ = fit(tmp_path, resume=True, **ROWS)
     assert numbers(resumed.history) == numbers(whole.history)
     jax.tree.map(np.testing.assert_array_equal, resumed.lora_params, whole.lora_params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path, packed, monkeypatch):
+    def stop(record):
+        if record["step"] == 3:
+            raise RuntimeError("stopped")
+
+    auto = {**ROWS, "packing": "auto", "packed_length": None, "save_every": 2}
+    monkeypatch.setattr(packing, "LEAST_STEPS", 1)
+    monkeypatch.setattr(packing, "WORTH", 9.0 if packed else 0.0)
+    whole, (line,) = fit(**auto)
+    assert line.startswith("packed rows" if packed else "buckets")
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(tmp_path, record=stop, **auto)
+    monkeypatch.setattr(packing, "WORTH", 0.0 if packed else 9.0)
+    resumed, lines = fit(tmp_path, resume=True, **auto)
+    assert lines == [line] and numbers(resumed.history) == numbers(whole.history)
 
 
 def test_evaluation_has_the_loss_of_single_rows():
