@@ -28,6 +28,9 @@ HEARTBEAT = 30
 # For the exit after the last step, where process 0 may still write the adapter.
 SHUTDOWN = 300
 PATIENCE = 10  # seconds that a failed process waits for the others to fail too
+# Seconds that a process waits for the others at the beginning, and between lines that say so.
+JOINING = 300
+REMINDER = 20
 
 
 def join(
@@ -43,7 +46,9 @@ def join(
     Raises:
       ValueError: only some of the arguments are given, the number is none of a process, or there is
         no scheduler that JAX detects.
-      RuntimeError: JAX has started its devices already, or the other processes do not come.
+      RuntimeError: JAX has started its devices already.
+      SystemExit: the other processes do not come within five minutes; the process ends at once,
+        as JAX waits where Python cannot raise an error.
     """
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
     if missing := [name for name, value in given.items() if value is None]:
@@ -60,18 +65,56 @@ def join(
     # JAX's handler of SIGTERM would swallow the signal while a model loads; `fit` has its own.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator,
-            num_processes=processes,
-            process_id=process_id,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=SHUTDOWN,
-        )
+        with _said_to_wait(coordinator, processes, process_id):
+            jax.distributed.initialize(
+                coordinator_address=coordinator,
+                num_processes=processes,
+                process_id=process_id,
+                # JAX aborts with a text of C++: not before these lines.
+                initialization_timeout=JOINING + 60,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=SHUTDOWN,
+            )
     except ValueError as error:
         raise ValueError(
             f"`distributed` found no cluster ({error}): give `coordinator`, `processes` and "
             "`process_id`"
         ) from error
+
+
+@contextlib.contextmanager
+def _said_to_wait(address: str | None, count: int | None, number: int | None) -> Iterator[None]:
+    """Says on stderr what the process waits for, and ends it where that does not come."""
+    joined, waited = threading.Event(), 0
+    own = "this process" if number is None else f"process {number}"
+    others = "the others" if count is None else f"the other {count - 1}"
+    place = "" if address is None else f" at {address}"
+    what = f"{own} of the run waits for {others}{place}"
+
+    def watch() -> None:
+        nonlocal waited
+        while waited < JOINING:
+            step = min(REMINDER, JOINING - waited)
+            if joined.wait(step):
+                return
+            waited += step
+            print(f"{what}: {waited} of {JOINING} s", file=sys.stderr, flush=True)
+        print(
+            f"error: {what}, which have not come: start all of them with the same coordinator and "
+            "number of processes and with process ids of their own; see whether one has failed, "
+            "or a firewall is between the hosts",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        sys.stdout.flush()
+        os._exit(1)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        joined.set()
+        watching.join()
 
 
 def several() -> bool:

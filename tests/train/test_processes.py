@@ -13,7 +13,7 @@ from lora_jax.models.saving import save_merged
 from lora_jax.train import read_metrics
 
 from tests.support.mesh_runs import KINDS, OWN, adapted, make, one_device, run
-from tests.support.several import command, losses_of, start
+from tests.support.several import command, ends_of, free_port, losses_of, start
 from tests.support.tiny import write_tiny
 
 pytestmark = pytest.mark.once
@@ -32,6 +32,17 @@ def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
     mesh = models.make_mesh(data=2, fsdp=4)
     losses, _ = run(make(), {}, {**training, "output_dir": tmp_path, "resume": True}, mesh)
     np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_never_comes_is_waited_for_and_said(number):
+    run = "from lora_jax import processes as p; p.JOINING, p.REMINDER = 0.4, 0.2; p.join({!r}, 2, {})"
+    address = f"127.0.0.1:{free_port()}"
+    ((text, status),) = ends_of([["-c", run.format(address, number)]], 1, [None])
+    what = f"process {number} of the run waits for the other 1 at {address}"
+    lines = [line for line in text.splitlines() if what in line]
+    assert lines[:2] == [f"{what}: 0.2 of 0.4 s", f"{what}: 0.4 of 0.4 s"] and status == 1
+    assert lines[2].startswith(f"error: {what}, which have not come: start all of them with")
 
 
 @pytest.mark.slow
