@@ -36,7 +36,9 @@ def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_comes_is_waited_for_and_said(number):
-    run = "from lora_jax import processes as p; p.JOINING, p.REMINDER = 0.4, 0.2; p.join({!r}, 2, {})"
+    run = (
+        "from lora_jax import processes as p; p.JOINING, p.REMINDER = 0.4, 0.2; p.join({!r}, 2, {})"
+    )
     address = f"127.0.0.1:{free_port()}"
     ((text, status),) = ends_of([["-c", run.format(address, number)]], 1, [None])
     what = f"process {number} of the run waits for the other 1 at {address}"

@@ -311,3 +311,13 @@ def _around(metadata: Mapping[str, Any], tokens: list[str], *, bos: bool) -> Any
     return processors.TemplateProcessing(
         single=single, special_tokens=[(t, tokens.index(t)) for t in around]
     )
+
+
+def reads_spaces(backend: Any) -> bool:
+    """Whether words have other tokens in a text than alone, those of a space and the word."""
+    text = backend.encode("a a", add_special_tokens=False).ids
+    alone, spaced = (
+        backend.encode(["a", word], is_pretokenized=True, add_special_tokens=False).ids
+        for word in ("a", " a")
+    )
+    return text == spaced != alone

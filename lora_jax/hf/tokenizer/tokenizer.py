@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lora_jax.hf.tokenizer import chat
-from lora_jax.hf.tokenizer.backends import build, special_token
+from lora_jax.hf.tokenizer.backends import build, reads_spaces, special_token
 from lora_jax.hf.tokenizer.panics import check_texts, checked_ids, without_panics
 
 Message = Mapping[str, Any]
@@ -128,7 +128,7 @@ class Tokenizer:
     def _opening(self) -> list[int]:
         """What the tokenizer puts before every text."""
         row = self._encoded("a")
-        # The mask has 1 at what was put around the text; the text itself is at least one token.
+        # The mask has 1 at what was put around the text, which has a token at least.
         mask = row.special_tokens_mask
         return row.ids[: mask.index(0)] if 0 in mask else []
 
@@ -176,8 +176,7 @@ class Tokenizer:
 
         Args:
           text, pair: the texts.
-          window: tokens of a row of a pair at most; what more the second text has is in further
-            rows (`overflowing`).
+          window: most tokens of a row; the second text's others are in further (`overflowing`).
           stride: tokens that two of those have in common, half of the second text's at most.
 
         Raises:
@@ -207,21 +206,22 @@ class Tokenizer:
         return copy.deepcopy(self.backend)
 
     def encoded_words(self, words: Sequence[str]) -> Any:
-        """The `tokenizers.Encoding` of words, each tokenized alone behind a space.
+        """The `tokenizers.Encoding` of words, each tokenized alone as behind a space.
 
-        As transformers' `is_split_into_words`, for which it wants `add_prefix_space`.
+        So they are in a text with spaces between, which a served model reads; only the first word,
+        before which no space is, may have others there. transformers' `is_split_into_words` leaves
+        the spaces out unless a tokenizer puts one before each text itself (`add_prefix_space`).
         """
         check_texts(words)
+        spaced = [f" {word}" if word and self._reads_spaces else word for word in words]
         with self._reading():
-            row = self._of_words.encode(list(words), is_pretokenized=True)
+            row = self.backend.encode(spaced, is_pretokenized=True)
         self._check(row)
         return row
 
     @cached_property
-    def _of_words(self) -> Any:
-        text = self.backend.to_str()
-        spaced = text.replace('"add_prefix_space":false', '"add_prefix_space":true')
-        return self.backend if spaced == text else type(self.backend).from_str(spaced)
+    def _reads_spaces(self) -> bool:
+        return reads_spaces(self.backend)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; special tokens are left out by default.
