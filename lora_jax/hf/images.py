@@ -27,6 +27,7 @@ _NAMES = (
     "return_tensors", "data_format", "input_data_format", "device", "_valid_processor_keys",
     "disable_grouping", "do_center_crop", "pad_size", "default_to_square", "image_seq_length",
 )  # fmt: skip
+_SWITCHES = ("do_", "default_to_square")
 # What a class of transformers takes for fields that are missing, where it is not ViT's.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ViT": {},
@@ -87,7 +88,7 @@ class ImageProcessor:
         for name, lengths in (("size", self.size), ("crop_size", self.crop_size or ())):
             for length in lengths:
                 check_count(name, length)
-        if self.resample not in range(6):
+        if type(self.resample) is not int or self.resample not in range(6):
             raise ValueError(f"`resample` must be a number from 0 to 5, got {self.resample!r}")
         many = len(self.image_mean), len(self.image_std)
         if many not in ((1, 1), (3, 3)) or not all(self.image_std):
@@ -114,7 +115,9 @@ class ImageProcessor:
                 f"`image_processor_type` is of {kind}, which reads images otherwise than ViT's and "
                 f"DeiT's: {_WAY}"
             )
-        raw = {name: x for name, x in raw.items() if x is not None}
+        # To transformers a switch that is null is off.
+        off = {name: False for name, x in raw.items() if x is None and name.startswith(_SWITCHES)}
+        raw = {name: x for name, x in raw.items() if x is not None} | off
         if isinstance(raw.get("size"), int) and not raw.get("default_to_square", True):
             raw["size"] = {"shortest_edge": raw["size"]}
         raw = {**_DEFAULTS[kind], **raw}

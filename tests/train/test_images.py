@@ -87,6 +87,7 @@ PROCESSORS = {
                 "crop_size": {"height": 6, "width": 5}},
     "small": {"size": 5, "do_center_crop": True, "crop_size": {"height": 8, "width": 4}},
     "one mean": {"size": [8, 5], "image_mean": 0.4, "image_std": 0.3, "default_to_square": False},
+    "nulls": {"size": SIZE, "do_rescale": None, "do_normalize": None, "do_convert_rgb": True},
     "another class": {"image_processor_type": "DeiTImageProcessorFast", "size": 9, "crop_size": 6},
 }  # fmt: skip
 
@@ -97,7 +98,7 @@ def test_pixels_are_transformers(case):
         from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
         kind = DeiTImageProcessorPil if case == "another class" else ViTImageProcessorPil
-        run = kind(**PROCESSORS[case], do_convert_rgb=True)
+        run = kind.from_dict({"do_convert_rgb": True, **PROCESSORS[case]})
         return {mode: run(made(mode))["pixel_values"][0] for mode in ("RGB", "RGBA", "P", "L")}
 
     want = oracle(f"{PLACE}/pixels.{case}", theirs)
@@ -117,6 +118,7 @@ REFUSED = {
     "no mean": ({"image_mean": "0.5"}, "`image_mean` must be a number, or a list of one a channel"),
     "padded": ({"do_pad": True, "pad_size": 9}, "field `do_pad` = True is not supported"),
     "no filter": ({"resample": 7}, "`resample` must be a number from 0 to 5, got 7"),
+    "no number": ({"resample": 2.0}, "`resample` must be a number from 0 to 5, got 2.0"),
     "other channels": ({"image_mean": [0.5], "image_std": [1]}, "of 1 channels, .* `num_channels`"),
 }
 
