@@ -271,7 +271,7 @@ class Tokenizer:
         rendered = self._render(messages, False, options)
         row = self._encoded(rendered.text, add_special_tokens=False)
         answers = rendered.answers
-        # As transformers: a token belongs to an answer if one of its characters does.
+        # One of its characters is enough; transformers drops bytes of an answer's last character.
         marks = [any(start < b and a < end for a, b in answers) for start, end in row.offsets]
         return row.ids, marks
 
