@@ -56,48 +56,54 @@ def chat_examples(
 def unwritten(
     messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any, known: set[str]
 ) -> tuple[list[str], bool]:
-    """The fields of a chat that its template leaves out: tools, calls of them, reasoning.
+    """What a chat has and its template leaves out: tools, calls of them, reasoning, contents.
 
     Args:
       messages, options, tokenizer: as for `chat_examples`.
-      known: fields that the template is known to write; this chat's are added.
+      known: what the template is known to write; this chat's is added.
 
     Returns:
-      The fields, and whether a learned answer is empty without them.
+      The names, and whether a learned answer is empty without them.
     """
+
+    def writes(
+        name: str, chat: Sequence[Message], other: Sequence[Message], rest: Mapping[str, Any]
+    ) -> bool:
+        """Whether the text of a chat is not that of the other one, with the rest of the options."""
+        if name not in known:
+            try:
+                text = tokenizer.render_chat(chat, False, **options)
+                if tokenizer.render_chat(other, False, **rest) == text:
+                    return False
+            except ValueError:  # what the template refuses, `chat_examples` says
+                return True
+            known.add(name)
+        return True
+
     lost, empty = [], False
     for name in ("tools", "documents"):
-        if name in options and not _writes((name,), messages, options, tokenizer, known):
+        rest = {each: x for each, x in options.items() if each != name}
+        if name in options and not writes(name, messages, messages, rest):
             lost.append(name)
     for i, message in enumerate(messages):
         fields = [x for x in _FIELDS if is_learned(message) and any(map(message.get, x))]
-        here = messages[: i + 1]
-        gone = [x for x in fields if not _writes(x, here, options, tokenizer, known)]
-        lost += [next(filter(message.get, names)) for names in gone]
-        empty |= bool(fields) and gone == fields and not message["content"]
+        before, after, gone = messages[:i], messages[i + 1 :], []
+        for names in fields:
+            bare = {name: x for name, x in message.items() if name not in names}
+            # Templates such as Qwen3's leave the reasoning of earlier turns out.
+            if not writes(names[0], [*before, message], [*before, bare], options):
+                gone.append(next(filter(message.get, names)))
+        said, silent = bool(message["content"]), [*before, {**message, "content": ""}, *after]
+        if said and not writes(_content(message), messages, silent, options):
+            gone.append(_content(message))
+        lost += gone
+        empty |= is_learned(message) and bool(gone) and len(gone) == len(fields) + said
     return list(dict.fromkeys(lost)), empty
 
 
-def _writes(
-    names: Sequence[str],
-    messages: Sequence[Message],
-    options: Mapping[str, Any],
-    tokenizer: Any,
-    known: set[str],
-) -> bool:
-    """Whether the text is another one without these fields of the chat and its last message."""
-    if known.isdisjoint(names):
-        *before, last = messages
-        bare = {name: x for name, x in last.items() if name not in names}
-        rest = {name: x for name, x in options.items() if name not in names}
-        try:
-            text = tokenizer.render_chat(messages, False, **options)
-            if tokenizer.render_chat([*before, bare], False, **rest) == text:
-                return False
-        except ValueError:  # what the template refuses, `chat_examples` says
-            return True
-        known.update(names)
-    return True
+def _content(message: Message) -> str:
+    beside = " beside tool_calls" if message.get("tool_calls") else ""
+    return f"content of role {message['role']}{beside}"
 
 
 def _as_marked(marked: Marked, messages: Sequence[Message]) -> Marked:

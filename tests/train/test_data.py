@@ -423,6 +423,27 @@ def test_what_the_template_leaves_out_is_warned_of_once():
     assert len(examples(records, Writing(), max_length=999)) == 3
 
 
+def test_a_text_that_the_template_leaves_out_is_warned_of():
+    """Llama 3 writes no text beside a call, Phi-3 no results of tools."""
+
+    class Calls(Writing):
+        def render_chat(self, messages, add_generation_prompt=False, **options):
+            kept = [{**m, "content": ""} if m.get("tool_calls") else m for m in messages
+                    if m["role"] != "tool"]  # fmt: skip
+            return super().render_chat(kept, add_generation_prompt, **options)
+
+    called = {"role": "assistant", "content": "I look", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "found"}
+    rows = [GOOD, {"messages": [USER, called, result, {"role": "assistant", "content": "b"}]}]
+    records = [record_of(row, source=f"d:{i}") for i, row in enumerate(rows)]
+    with pytest.warns(UserWarning) as caught:
+        assert len(examples(records, Calls(), max_length=999)) == 2
+    assert [str(w.message).partition(", so")[0] for w in caught] == [
+        "d:1: the chat template does not write `content of role assistant beside tool_calls`",
+        "d:1: the chat template does not write `content of role tool`",
+    ]
+
+
 def test_a_template_that_drops_earlier_reasoning_writes_it():
     answer = {"role": "assistant", "content": "b", "reasoning_content": "why"}
 
