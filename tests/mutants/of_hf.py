@@ -189,7 +189,9 @@ FAULTS = [
     *in_file(
         "hf/images.py",
         "tests/train/test_images.py",
-        ("{**_DEFAULTS[kind], **{", "{**{"),
+        ("raw = {**_DEFAULTS[kind], **raw}", "pass"),
+        ("else [given] * channels", "else [given]"),
+        ("if x is not None} | off", "if x is not None}"),
         ("(image.height - height) // 2", "(image.height - height + 1) // 2"),
     ),
     *in_file(
@@ -198,11 +200,13 @@ FAULTS = [
         ("and owner not in _FOLDERS", ""),
         ("if a.sizes != b.sizes:", "if False:"),
         ("if a.family != b.family:", "if False:"),
+        ("isinstance(loaded, Path) or os.path.exists(place) or not is_hub_id(place)", "True"),
     ),
     *in_file(
         "hf/tokenizer/tokenizer.py",
         "tests/hf/tokenizer/test_tokenizer.py tests/hf/tokenizer/test_chat.py",
         ("any(start < b and a < end for", "any(start >= a and end <= b for"),
+        ("if word and self._reads_spaces", "if self._reads_spaces"),
         ('("eot_token_id", "eom_token_id")', '("eot_token_id",)'),
     ),
     *in_file(
@@ -237,6 +241,13 @@ FAULTS = [
         "tests/hf/tokenizer/test_tokenizer.py tests/hf/tokenizer/test_chat.py",
         ("ignore_merges=split.whole_words", "ignore_merges=False"),
         ("special = kind == _CONTROL", "special = True"),
+        ("text == spaced != alone", "True"),
+    ),
+    *in_file(
+        "hf/tokenizer/tokenizer.py",
+        "tests/recipes/test_heads.py",
+        ("min(stride, room // 2)", "stride"),
+        ("window - first - around) < 1", "window - first - around) < 0"),
     ),
     *in_file(
         "hf/tokenizer/wordpiece.py",

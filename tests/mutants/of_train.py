@@ -81,6 +81,7 @@ FAULTS = [
         "tests/train/test_fit.py tests/train/test_nothing_lost.py",
         ('if newest == was["train"]["steps"] < now["train"]["steps"]:',
          'if was["train"]["steps"] < now["train"]["steps"]:'),
+        ("return Batched(ladder and tuple(ladder),", "return Batched(None,"),
     ),
     *in_file(
         "train/jsonl.py",
@@ -106,6 +107,8 @@ FAULTS = [
         ("stops[-1] + 1 if stops", "stops[-1] if stops"),
         ("stops[-1] + 1 if stops", "stops[0] + 1 if stops"),
         ("if tokens[: len(head)] != head:", "if False:"),
+        ("if said and not writes(", "if False and not writes("),
+        ('" beside tool_calls" if message.get("tool_calls") else ""', '""'),
     ),
     *in_file(
         "train/examples.py",
