@@ -17,12 +17,17 @@ from jaxtyping import Array, Int, Shaped
 
 from lora_jax import compat, processes
 from lora_jax.array import is_lora
-from lora_jax.checkpoint.flat import describe, flatten, summary
+from lora_jax.checkpoint.flat import describe, flatten, quantization, summary
 from lora_jax.config.arguments import check_tree
 from lora_jax.dims import AnyArray
+from lora_jax.hf.peft.base import described, flags_of
 from lora_jax.quant.array import arrays, default_roles, is_quant
 
 _SAMPLES = 64
+
+
+class OtherFormError(ValueError):
+    """A base that is quantized otherwise than the one of a checkpoint."""
 
 
 def fingerprint(params: Any) -> dict[str, str]:
@@ -151,6 +156,8 @@ def check_base(expected: Mapping[str, str], params: Any, *, where: str) -> None:
       ValueError: leaves are missing or unexpected, or differ in shape, dtype or content.
     """
     got = fingerprint(params)
+    if got != expected:
+        _check_quantized(expected, got, where)
     # All differences are collected: their number shows whether it is another model or a few leaves.
     phrases = [f"`{n}` is missing" for n in expected if n not in got]
     phrases += [f"`{n}` is new" for n in got if n not in expected]
@@ -160,10 +167,19 @@ def check_base(expected: Mapping[str, str], params: Any, *, where: str) -> None:
             change = f"is {now}, was {was}" if was != now else f"({now}) holds other numbers"
             phrases.append(f"`{name}` {change}")
     if phrases:
-        # The kind of a quantized leaf is `nf4-64:float32[...]`: then the format has to match too.
-        held = any(":" in kind.split(" ")[0] for kind in (*expected.values(), *got.values()))
-        alike = "dtype and `quantize`" if held else "dtype"
         raise ValueError(
             f"{where} was made over another base model: {summary(phrases)}; load the base it was"
-            f" trained on, in the same {alike}"
+            " trained on, in the same dtype"
+        )
+
+
+def _check_quantized(expected: Mapping[str, str], got: Mapping[str, str], where: str) -> None:
+    """Says that two bases are quantized in other ways, whose leaves may have other names too."""
+    was, now = (described(filter(None, map(quantization, x.values()))) for x in (expected, got))
+    if was != now:
+        then, here = (f"quantized with {x}" if x else "in floats" for x in (was, now))
+        how = flags_of(was) if was else "leave `quantize` out"
+        raise OtherFormError(
+            f"{where} was made over another base model: one {then}, and this one is {here}; load "
+            f"the base it was trained on in the same form: {how}"
         )

@@ -36,6 +36,7 @@ class Content(NamedTuple):
     base: str | None = None
 
 
+ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 # Plans a config on the model: reading an adapter must not depend on how a model is run.
 PlanOf = Callable[[LoraConfig], Any]
 
@@ -283,8 +284,17 @@ def _load_orbax(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     from lora_jax.checkpoint import adapters
+    from lora_jax.checkpoint.fingerprint import OtherFormError
 
-    return adapters.restore_stored(adapters.find(source, step=step), plan_of, model.params)
+    try:
+        return adapters.restore_stored(adapters.find(source, step=step), plan_of, model.params)
+    except OtherFormError as error:
+        written = Path(source) / ADAPTER
+        if step is not None or not written.is_dir():
+            raise
+        raise OtherFormError(
+            f"{error}; or give {written}, which loads over the base in any form, with a warning"
+        ) from None
 
 
 def _save_orbax(

@@ -27,6 +27,7 @@ from lora_jax.models.sharding import TOKENS
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
+from lora_jax.recipes.adapter_formats import ADAPTER
 from lora_jax.recipes.classify import scores
 from lora_jax.recipes.fitting import (
     check_mesh,
@@ -49,7 +50,6 @@ from lora_jax.train.goals import goal_of
 from lora_jax.train.preparation import arrange
 from lora_jax.tree import format_trainable_parameters, init
 
-ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 # Fields of an adapter's config that may change when its training goes on.
 # `extra` are fields that change no number.
 _FREE = ("dropout", "extra")

@@ -278,6 +278,18 @@ def test_export_refuses_another_base(run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_export_names_the_form_that_a_run_was_trained_in(model, run, tmp_path, capsys):
+    """Leaves of another form may have other names: one sentence, not a list of them."""
+    line = ["export", model, str(run), str(tmp_path / "x"), "--quantize", "int4"]
+    assert main([*line, "--quantize-block", "16"]) == 1
+    said = (
+        "one in floats, and this one is quantized with --quantize int4, --quantize-block 16; load"
+        " the base it was trained on in the same form: leave `--quantize` out; or give "
+        f"{run / 'adapter'}, which loads over the base in any form, with a warning"
+    )
+    assert capsys.readouterr().err.strip().endswith(said)
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

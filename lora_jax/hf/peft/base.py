@@ -98,16 +98,19 @@ def warn_of_base(trained: str | None, lora_params: Any, source: str) -> None:
         warnings.warn(
             f"{source}: the adapter was trained over a base quantized with {trained}, but this one "
             f"is {f'quantized with {here}' if here else 'in floats'}: outputs differ from those in "
-            f"training; quantize the base with {trained}: {_flags_of(trained)}",
+            f"training; quantize the base with {trained}: {flags_of(trained)}",
             stacklevel=3,
         )
 
 
-def _flags_of(trained: str) -> str:
+def flags_of(trained: str) -> str:
     """The settings of a command that quantize a base so."""
     one = re.fullmatch(r'format="(\w+)", block_size=(\d+)', trained)
-    own = f'quantize="{one[1]}", quantize_block={one[2]}, or ' if one else ""
-    return f'{own}quantize="file" if its own file holds it so'
+    if one is None or one[1] in HELD:  # forms of files alone
+        return 'quantize="file"'
+    return (
+        f'quantize="{one[1]}", quantize_block={one[2]}, or quantize="file" if its file holds it so'
+    )
 
 
 def model_type_of(base: str | None) -> str | None:
