@@ -98,7 +98,7 @@ def _said_to_wait(address: str | None, count: int | None, number: int | None) ->
             if joined.wait(step):
                 return
             waited += step
-            print(f"{what}: {waited} of {JOINING} s", file=sys.stderr, flush=True)
+            print(f"{what}: {waited:g} of {JOINING} s", file=sys.stderr, flush=True)
         print(
             f"error: {what}, which have not come: start all of them with the same coordinator and "
             "number of processes and with process ids of their own; see whether one has failed, "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,7 +99,7 @@ def test_pixels_are_transformers(case):
         from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
         kind = DeiTImageProcessorPil if case == "another class" else ViTImageProcessorPil
-        run = kind.from_dict({"do_convert_rgb": True, **PROCESSORS[case]})
+        run: Any = kind.from_dict({"do_convert_rgb": True, **PROCESSORS[case]})
         return {mode: run(made(mode))["pixel_values"][0] for mode in ("RGB", "RGBA", "P", "L")}
 
     want = oracle(f"{PLACE}/pixels.{case}", theirs)
