@@ -69,7 +69,7 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
     found = estimate("0.5B", config, settings)
     devices = jax.devices() if kind == "cpu" else targets.devices(kind, 8)
     at = compiled.placement(settings, devices)
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    step = memory_step.abstract_step(config, settings, at=at)
     places = memory_step.spread(step, settings)
     program = compiled.compiled(step, places, at, platform=kind)
     said = compiled.temporaries(program)

@@ -93,7 +93,7 @@ def long_row(kind: str, model: str, **options) -> dict:
     )  # fmt: skip
     _, config = config_of(model)
     at = compiled.placement(settings, targets.devices(kind, math.prod(settings.mesh.values())))
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    step = memory_step.abstract_step(config, settings, at=at)
     places = memory_step.spread(step, settings)
     found = estimate(model, config, settings)
     row = {

@@ -138,7 +138,7 @@ def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> 
     )  # fmt: skip
     devices = targets.devices(chip.platform, chip.count, topology=chip.topology)
     at = compiled.placement(settings, devices)
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    step = memory_step.abstract_step(config, settings, at=at)
     places = memory_step.spread(step, settings)
     program = compiled.compiled(step, places, at, platform=chip.platform)
     found = estimate(size, config, settings)
@@ -146,7 +146,7 @@ def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> 
     wire = sent(program.as_text())
     # Kernels of quantized products hide their products: those of the reference are counted.
     plain = dataclasses.replace(settings, backend="reference")
-    step = memory_step.abstract_step(config, plain, batch=settings.batch)
+    step = memory_step.abstract_step(config, plain)
     work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / chip.count
     # A device reads the weights that it computes with for the forward pass, for its repetition and
     # for the backward pass.

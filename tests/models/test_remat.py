@@ -160,7 +160,7 @@ def test_nothing_of_other_devices_is_kept(form, mesh, remat):
         quantize=form, batch=8, length=8, remat=remat, mesh=mesh, backend="reference",
     )  # fmt: skip
     at = placement(settings)
-    step = abstract_step(config, settings, batch=8, at=at)
+    step = abstract_step(config, settings, at=at)
     places = spread(step, settings)
     specs = (places.state, places.frozen, places.batch)
     args = placed((step.state, step.frozen, step.batch), specs, at.mesh)

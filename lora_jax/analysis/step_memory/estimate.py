@@ -13,7 +13,6 @@ arrays. Gradients and activations are the peak of the step of `lora_jax.train`, 
 With "full" and "projections" the backward pass recomputes one block at a time.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +101,18 @@ class MemoryEstimate:
     @property
     def described(self) -> str:
         """The settings as one line of text."""
-        return _described(self.settings)
+        settings = self.settings
+        kind = "packed" if settings.packing else "batch"
+        parts = [f"{kind} {settings.batch} x {settings.length} tokens", settings.dtype]
+        if settings.adapter is not None:
+            targets = settings.adapter.target_modules
+            named = targets if isinstance(targets, str) else ", ".join(targets)
+            parts.append(f"rank {settings.adapter.rank} on {named}")
+        if settings.quantize:
+            parts.append(f"base in {settings.quantize}")
+        name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
+        parts.append(f"remat {remat_name(settings.remat)}")
+        return ", ".join([*parts, *["offloaded"] * settings.offload, name])
 
     def fits(self, device_memory: int) -> bool:
         """Whether the step fits a device with this many bytes."""
@@ -111,15 +121,8 @@ class MemoryEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Every number and setting, ready for JSON."""
         # `asdict` would take the adapter's config and the optimizer apart.
-        settings = {
-            field.name: _plain(getattr(self.settings, field.name))
-            for field in dataclasses.fields(StepSettings)
-        }
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("settings", "largest")
-        }
+        settings = {name: _plain(value) for name, value in vars(self.settings).items()}
+        own = {n: value for n, value in vars(self).items() if n not in ("settings", "largest")}
         return {
             **own,
             "method": self.settings.method,
@@ -134,9 +137,8 @@ class MemoryEstimate:
     def table(self) -> str:
         """A line for each part, in GiB."""
         where = "on each device" if self.devices > 1 else ""
-        lines = [(name, getattr(self, name)) for name in _PARTS]
         text = [f"{self.model}, {self.settings.method}: {self.described}"]
-        text += [f"  {name:<12} {in_units(size):>12}" for name, size in lines]
+        text += [f"  {name:<12} {in_units(getattr(self, name)):>12}" for name in _PARTS]
         text += [f"  {'total':<12} {in_units(self.total):>12}  {where}"]
         text += [f"  kept between forward and backward pass: {in_units(self.kept)}"]
         text += [f"  {format_count(Count(self.trainable, self.parameters))}"]
@@ -238,7 +240,7 @@ def estimate(
     """As `memory`, for a configuration and settings."""
     memory_mesh.one_device(config, settings.mesh)
     at = placement(settings) if exact else None
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    step = memory_step.abstract_step(config, settings, at=at)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)
     base = _device_bytes(step.frozen, places.frozen, settings)
@@ -285,7 +287,7 @@ def parameters(model: str | Path | Mapping[str, Any] | Any, adapter: LoraConfig)
     _, config = config_of(model)
     # The count does not depend on the batch.
     settings = StepSettings(adapter=adapter, length=1)
-    return count_parameters(memory_step.abstract_step(config, settings, batch=1).params)
+    return count_parameters(memory_step.abstract_step(config, settings).params)
 
 
 @dataclass(frozen=True)
@@ -370,13 +372,14 @@ def memory_table(estimates: Sequence[MemoryEstimate], *, device_memory: int | No
         heads.append("fits")
         for row, e in zip(rows, estimates, strict=True):
             row.append("yes" if e.fits(device_memory) else "no")
-    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+    lines = [heads, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(w) if i < 2 else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in [heads, *rows]
+        for line in lines
     )
 
 
@@ -393,17 +396,3 @@ def in_units(size: int) -> str:
     if size < 10 * 2**20:
         return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**20:,.0f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
-
-
-def _described(settings: StepSettings) -> str:
-    kind = "packed" if settings.packing else "batch"
-    parts = [f"{kind} {settings.batch} x {settings.length} tokens", settings.dtype]
-    if settings.adapter is not None:
-        targets = settings.adapter.target_modules
-        named = targets if isinstance(targets, str) else ", ".join(targets)
-        parts.append(f"rank {settings.adapter.rank} on {named}")
-    if settings.quantize:
-        parts.append(f"base in {settings.quantize}")
-    name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
-    parts.append(f"remat {remat_name(settings.remat)}")
-    return ", ".join([*parts, *["offloaded"] * settings.offload, name])

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
-from lora_jax.config.arguments import set_plain_fields
+from lora_jax.config.arguments import check_count, set_plain_fields
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
@@ -99,9 +99,7 @@ class StepSettings:
     def __post_init__(self) -> None:
         set_plain_fields(self)
         for name in ("batch", "length", "accumulation"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number above 0, got {value!r}")
+            check_count(name, getattr(self, name))
         check_options(self.dtype, self.train_dtype, self.remat, self.offload)
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", remat_name(self.remat))
@@ -159,25 +157,18 @@ def abstract_step(
     config: Any,
     settings: StepSettings,
     *,
-    batch: int,
     at: Placement | None = None,
-    tokens: str | None = None,
-    experts: int = 1,
-    part: bool = False,
+    part: Mapping[str, int] | None = None,
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
     Args:
       config: the model's configuration.
       settings: the settings of the step.
-      batch: rows of one forward pass.
       at: the mesh, for the step as `train.fit` runs it there; it must then be traced under
         `jax.set_mesh`. None leaves out what the model does for a mesh.
-      tokens: without `at`, the axis that tokens are spread over, if the step is traced as a
-        device's own under it.
-      experts: the number of devices that the experts are spread over, if the step is traced as a
-        device's own under their axis.
-      part: whether the model is a device's part of one, whose inputs may be parts of a block.
+      part: the mesh of which the step is a device's part, see `device_step`: tokens and experts
+        are spread over its axes, and inputs may be parts of a block.
 
     Raises:
       ValueError: a length above the model's context, targets that match nothing, a rank that is
@@ -206,16 +197,16 @@ def abstract_step(
         remat=settings.remat,
         offload=settings.offload,
     )
-    base = _base(forward, settings, pad=part)
-    if experts > 1:
-        base = _own_experts(base, experts)
+    base = _base(forward, settings, pad=part is not None)
+    if part is not None and part[EXPERTS] > 1:
+        base = _own_experts(base, part[EXPERTS])
     adapter = settings.adapter
     params = base if adapter is None else _adapted(forward, base, adapter)
     trainable, frozen = split_full(params) if whole else split(params)
     tx = settings.tx
     # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
-    over = tokens if at is None else at.tokens
+    over = at.tokens if at is not None else TOKENS if part and part[TOKENS] > 1 else None
     undivided = both or kind == IMAGE_ENCODER
     if undivided and over is not None:
         raise ValueError(
@@ -229,10 +220,8 @@ def abstract_step(
     else:
         rows = () if at is None else at.rows
         loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
-    shapes = _batch(settings, batch, config, kind)
-    return AbstractStep(
-        fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
-    )
+    batch = _batch(settings, config, kind)
+    return AbstractStep(make_step(loss, tx), params, state, frozen, batch, base)
 
 
 def _on_mesh(
@@ -255,14 +244,13 @@ def device_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractS
       batch: rows of one forward pass on a device.
     """
     spans, experts = settings.mesh[TOKENS], settings.mesh[EXPERTS]
-    if spans == experts == 1:
-        return abstract_step(config, settings, batch=batch, part=True)
     own = dataclasses.replace(
         settings, batch=batch, length=settings.length // spans,
         mesh={"tensor": settings.mesh["tensor"]},
     )  # fmt: skip
-    over = TOKENS if spans > 1 else None
-    step = abstract_step(config, own, batch=batch, tokens=over, experts=experts, part=True)
+    step = abstract_step(config, own, part=settings.mesh)
+    if spans == experts == 1:
+        return step
     whole = PartitionSpec()
     fn = jax.shard_map(
         step.fn, mesh=AbstractMesh((spans, experts), (TOKENS, EXPERTS)), in_specs=whole,
@@ -325,28 +313,28 @@ def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
 
 
-def _batch(settings: StepSettings, batch: int, config: Any, kind: str) -> Batch:
+def _batch(settings: StepSettings, config: Any, kind: str) -> Batch:
     # The microbatches of a step are stacked: (accumulation, ...).
     def whole(*shape: int, dtype: Any = "int32") -> Any:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), dtype)
 
-    goal, decodes = goal_of(config), kind in (CAUSAL_LM, ENCODER_DECODER)
-    images = None
-    if kind == IMAGE_ENCODER:
-        images = whole(batch, config.num_channels, *config.image_size, dtype="float32")
+    goal, batch, length = goal_of(config), settings.batch, settings.length
+    decodes = kind in (CAUSAL_LM, ENCODER_DECODER)
     answers = goal is not None and goal.per == "answer" and decodes
     # A classifier has one target per row, a masked LM one per token, as a language model.
     one_a_row = answers or (goal is not None and goal.per == "text")
-    places = batch if one_a_row else batch * settings.length
+    places = batch if one_a_row else batch * length
     shape, dtype = goal.target(config) if goal is not None and decodes else ((), "int32")
-    segments = whole(batch, settings.length) if settings.packing or answers else None
+    images = None
+    if kind == IMAGE_ENCODER:
+        images = whole(batch, config.num_channels, *config.image_size, dtype="float32")
     return Batch(
-        tokens=whole(batch, settings.length),
+        tokens=whole(batch, length),
         positions=whole(places),
         targets=whole(places, *shape, dtype=dtype),
         weights=whole(places, dtype="float32"),
-        segments=segments,
-        reads=whole(batch, settings.length) if kind == ENCODER_DECODER else None,
+        segments=whole(batch, length) if settings.packing or answers else None,
+        reads=whole(batch, length) if kind == ENCODER_DECODER else None,
         images=images,
     )
 
@@ -397,19 +385,16 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     )
     # Microbatches follow one another in time: their rows are sharded, not they.
     rows: Any = PartitionSpec(None, ROWS)
-    tokens: Any = PartitionSpec(None, ROWS, TOKENS)
     # A classifier has one place a row.
     by_token = step.batch.positions.size == step.batch.tokens.size
-    places: Any = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
+    places = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
+    own = dict.fromkeys(("positions", "targets", "weights"), places)
+    own["tokens"] = PartitionSpec(None, ROWS, TOKENS)
     batch: Any = Batch(
-        tokens=tokens,
-        positions=places,
-        targets=places,
-        weights=places,
         **{
-            name: None if getattr(step.batch, name) is None else rows
-            for name in ("segments", "reads", "images")
-        },
+            name: None if x is None else own.get(name, rows)
+            for name, x in step.batch._asdict().items()
+        }
     )
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, batch)

@@ -293,7 +293,7 @@ def test_what_no_axis_divides_is_counted_whole():
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"holds all of `\S+shared_expert_gate.kernel`") as said:
         found = analysis.memory(config, mesh={"fsdp": 2}, **options)
-        base = abstract_step(config_of(config)[1], found.settings, batch=2).base
+        base = abstract_step(config_of(config)[1], found.settings).base
         places = shardings(base, make_mesh(fsdp=2, devices=jax.devices()[:2]), RULES)
     assert said[0].filename == __file__
     scales = 4 * 4  # of the adapter, in each layer; they do not train
@@ -481,7 +481,7 @@ def test_tensor_divides_t5_and_images_have_one_length():
         ({**LLAMA, "model_type": "llama5"}, {}, "model_type `llama5` is not one of"),
         ({**LLAMA, "moe_layers": 3}, {}, "field `moe_layers` = 3 is not known for model_type"),
         (7, {}, "`model` must be a name, a path, .* got int"),
-        (LLAMA, dict(batch=0), "`batch` must be a whole number above 0, got 0"),
+        (LLAMA, dict(batch=0), "`batch` must be an integer of at least 1, got 0"),
         (LLAMA, dict(length=5000), "`length` 5000 is more than the model's context of 4096"),
         (LLAMA, dict(dtype="int3"), "`dtype` must be one of float32, bfloat16"),
         (LLAMA, dict(remat="some"), "`remat` must be one of none, projections, full"),
