@@ -26,8 +26,8 @@ from lora_jax import paths
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.compiled import compiled, placement, temporaries
-from lora_jax.analysis.step_memory.liveness import HABITS, Alive, Habits, alive, on_cpu
-from lora_jax.analysis.step_memory.program import whole_bytes
+from lora_jax.analysis.step_memory.liveness import Alive, alive, on_cpu
+from lora_jax.analysis.step_memory.program import HABITS, Habits, whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig

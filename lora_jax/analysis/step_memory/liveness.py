@@ -3,13 +3,15 @@
 A liveness analysis with a few rules that approximate XLA's fusion and buffer assignment:
 
 * a product, a loop, a reduction or a kernel writes its result to memory; an elementwise operation
-  does so only if one of these reads it whole, or if it is costly (exp, tanh, ...) and read twice;
-  otherwise it is fused into its readers;
+  does so only if one of these reads it whole, or on a CPU if it is costly (exp, tanh, ...) and read
+  twice; otherwise it is fused into its readers;
+* a product converts its operands from a smaller dtype, and its result to one, by itself;
 * a reshape or transpose is a view of the same buffer;
 * a buffer is freed after its last reader; an elementwise result reuses the buffer of an operand of
   its size that is read for the last time, and an updated argument that of the donated one;
 * a loop holds its stacked results, its carry, and the buffers of one iteration; an iteration holds
-  one slice of a stacked operand, as a copy where a product reads it;
+  one slice of a stacked operand, as a copy where a product reads it, on a GPU one for each product;
+* zeros that loops fill and scatters add to are one array for all of a size, which the last takes;
 * a sharded argument is gathered once, before the first product that reads it, and freed after the
   last; a gradient has its full size until it is reduced over the devices.
 
@@ -21,7 +23,7 @@ of XLA's own figures, and the total, with the arguments, within a few per cent:
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,11 +35,13 @@ from lora_jax.analysis.step_memory.program import (
     OWNED,
     SLICE,
     SPREAD,
+    Habits,
     Node,
     Program,
     Value,
     inputs,
     read,
+    reads_whole,
     stores,
     whole_bytes,
 )
@@ -46,44 +50,6 @@ from lora_jax.transform.primitives import row_of
 # How many times smaller the first operand must be for XLA to copy it rather than the second; an
 # adapter's side of a gradient is.
 _FAR_SMALLER = 8
-
-
-class Habits(NamedTuple):
-    """Choices in which compilers differ.
-
-    Attributes:
-      in_place: an elementwise result may reuse an operand's buffer.
-      early_zeros: the stacks that a loop fills are allocated, as zeros, when the loop before it
-        ends: they depend on nothing, and the scheduler minimizes time, not memory.
-      early_gathers: a sharded argument that is read outside the loops is gathered at the start.
-      ahead: the weights of a loop's iteration are all gathered at its start: each gather begins as
-        soon as the one before has ended.
-      turned: where a product sums over the first dims of both operands, as a weight's gradient
-        does, one of them is copied transposed as soon as it is computed: the second, or the first
-        if it is far smaller.
-      sums_read: a reduction reads its operand from memory: a slice of a stack is copied for it,
-        and a value with other readers is written.
-      iteration: the program is an iteration of a loop, whose zeros are all allocated at its start:
-        those that a scatter adds to, and the stacks that a loop in it fills.
-    """
-
-    in_place: bool = True
-    early_zeros: bool = False
-    early_gathers: bool = False
-    ahead: bool = False
-    turned: bool = False
-    sums_read: bool = False
-    iteration: bool = False
-
-
-# By the backend of `StepSettings`, from the buffer assignments that each compiler printed.
-# "reference" runs on a CPU.
-HABITS: Mapping[str, Habits] = {
-    "gpu": Habits(early_zeros=True, ahead=True),
-    "reference": Habits(
-        in_place=False, early_gathers=True, ahead=True, turned=True, sums_read=True
-    ),
-}
 
 
 class Alive(NamedTuple):
@@ -168,13 +134,14 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
     real, found = program.real, []
     # A slice of a stack is copied just before its first reader, or gathered.
     for x in program.values:
-        if x.source & SLICE and x in real and (users := program.users.get(x)):
-            ahead = habits.ahead and x.source & SPREAD
+        if x.source & SLICE and x in real and x in program.users and not _is_recopied(x, habits):
+            users, ahead = program.users[x], habits.ahead and x.source & SPREAD
             found.append(_Kernel(-1 if ahead else users[0].at - 0.5, None, [x], []))
     # A product reads the gathered copy of a sharded argument, which is a value of its own.
     spread = [x for x in program.values if x.source & SPREAD and not x.source & SLICE]
     whole = {x: Value(x.aval, SPREAD) for x in spread}
     last, before = set(program.outs[program.stacked_from :]), None
+    zeros = _zeros(program, habits)
     for node in program.nodes:
         writes = node.outs if stores(node.op) else [o for o in node.outs if o in real]
         if not writes and last.isdisjoint(node.outs):
@@ -193,19 +160,25 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             # of which an iteration has its own.
             consts, _ = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
             reads += [whole[x] for x in node.ins[:consts] if x in whole]
+        if reads_whole(node.op):
+            again = {x: Value(x.aval, SLICE) for x in reads if _is_recopied(x, habits)}
+            found.append(_Kernel(at - 0.5, None, list(again.values()), []))
+            reads = [again.get(x, x) for x in reads]
         if habits.turned and (x := _turned(node)) is not None:
             copy = Value(x.aval, node=node)
             found.append(_Kernel(x.node.at + 0.25 if x.node else at - 0.25, None, [copy], [x]))
             reads = [copy if y is x else y for y in reads]
-        if habits.iteration and all(x.source & HELD and not x.aval.ndim for x in node.ins):
-            at = -1  # zeros
+        if habits.iteration and _fills(node):
+            if zeros.isdisjoint(writes):
+                continue  # the array of a later reader
+            at = -1
         if node.op == "scan" and (habits.early_zeros or habits.iteration):
             _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
             start = -1 if habits.iteration else before
             if start is not None:
-                # Behind the carries, the results are the stacks that the loop fills.
-                found.append(_Kernel(start + 0.5, None, writes[carries:], []))
-                writes = writes[:carries]
+                early = [x for x in writes[carries:] if x in zeros]
+                found.append(_Kernel(start + 0.5, None, early, []))
+                writes = [x for x in writes if x not in early]
             before = node.at
         found.append(_Kernel(at, node, writes, reads))
     for x, gathered in whole.items():
@@ -215,6 +188,35 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             at = -1 if early else min(readers) - 0.5
             found.append(_Kernel(at, None, [gathered], []))
     return sorted(found, key=lambda k: k.at)
+
+
+def _is_recopied(x: Value, habits: Habits) -> bool:
+    """Whether a value is a slice of a stack that every reader has its own copy of."""
+    return habits.recomputes and x.source & (SLICE | SPREAD) == SLICE
+
+
+def _fills(node: Node) -> bool:
+    """Whether an operation makes zeros, or repeats another number."""
+    return all(x.source & HELD and not x.aval.ndim for x in node.ins)
+
+
+def _zeros(program: Program, habits: Habits) -> set[Value]:
+    """The zeros that have a buffer of their own from the start: of as many numbers, the last used.
+
+    As many zeros are one array, of which each scatter and each loop but the last takes a copy. Of
+    a loop, the stacks that it fills stand for their zeros.
+    """
+    found = []
+    for node in program.nodes:
+        if node.op == "scan":
+            _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
+            # Behind the carries, the results are the stacks that the loop fills.
+            found += [(node.at, x) for x in node.outs[carries:]]
+        elif habits.iteration and _fills(node):
+            found += [(program.users[x][-1].at, x) for x in node.outs if x in program.users]
+    # The later ones replace the earlier.
+    ordered = sorted(found, key=lambda one: one[0])
+    return set({(x.aval.size, x.aval.dtype): x for _, x in ordered}.values())
 
 
 def _turned(node: Node) -> Value | None:
@@ -255,10 +257,9 @@ def _peak_of(
     parts: Sequence[int] | None = None,
 ) -> Alive:
     """The peak of a jaxpr; arguments as of `read`."""
-    program = read(
-        jaxpr, sources, stacked_from=stacked_from, parts=parts, sums_read=habits.sums_read
+    return _peak(
+        read(jaxpr, sources, stacked_from=stacked_from, parts=parts, habits=habits), habits
     )
-    return _peak(program, habits)
 
 
 def _peak(program: Program, habits: Habits) -> Alive:

@@ -3,9 +3,10 @@
 The rules are stated in `lora_jax.analysis.step_memory.liveness`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +19,48 @@ from lora_jax.transform.primitives import row_of
 # OWNED: an argument whose buffer may be reused. SLICE: a slice of a stack, in a loop. SPREAD: an
 # argument that is sharded over devices.
 HELD, OWNED, SLICE, SPREAD = 1, 2, 4, 8
+
+
+class Habits(NamedTuple):
+    """Choices in which compilers differ.
+
+    Attributes:
+      in_place: an elementwise result may reuse an operand's buffer.
+      early_zeros: the stacks that a loop fills are allocated, as zeros, when the loop before it
+        ends: they depend on nothing, and the scheduler minimizes time, not memory.
+      early_gathers: a sharded argument that is read outside the loops is gathered at the start.
+      ahead: the weights of a loop's iteration are all gathered at its start: each gather begins as
+        soon as the one before has ended.
+      turned: where a product sums over the first dims of both operands, as a weight's gradient
+        does, one of them is copied transposed as soon as it is computed: the second, or the first
+        if it is far smaller.
+      sums_read: a reduction reads its operand from memory: a slice of a stack is copied for it,
+        and a value with other readers is written.
+      recomputes: what is cheaper to compute or to copy again than to keep is: an elementwise
+        operation is fused into every reader, however costly it is, and each product copies the
+        slices of stacks that it reads.
+      iteration: the program is an iteration of a loop, whose zeros are all allocated at its start:
+        those that a scatter adds to, and the stacks that a loop in it fills.
+    """
+
+    in_place: bool = True
+    early_zeros: bool = False
+    early_gathers: bool = False
+    ahead: bool = False
+    turned: bool = False
+    sums_read: bool = False
+    recomputes: bool = False
+    iteration: bool = False
+
+
+# By the backend of `StepSettings`, from the buffer assignments that each compiler printed.
+# "reference" runs on a CPU.
+HABITS: Mapping[str, Habits] = {
+    "gpu": Habits(early_zeros=True, ahead=True, recomputes=True),
+    "reference": Habits(
+        in_place=False, early_gathers=True, ahead=True, turned=True, sums_read=True
+    ),
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +146,7 @@ def read(
     *,
     stacked_from: int,
     parts: Sequence[int] | None = None,
-    sums_read: bool = False,
+    habits: Habits,
 ) -> Program:
     """The program of an open jaxpr.
 
@@ -112,21 +155,23 @@ def read(
       sources: where each of its arguments comes from, as bits.
       stacked_from: results from this index on are slices of stacks that exist outside.
       parts: as in `alive`.
-      sums_read: as in `liveness.Habits`.
+      habits: the compiler's.
     """
     env: dict[Any, Value] = {v: Value(v.aval, HELD) for v in jaxpr.constvars}
     env |= {v: Value(v.aval, s) for v, s in zip(jaxpr.invars, sources, strict=True)}
     arguments = list(env.values())
     nodes: list[Node] = []
     outs = _unfold(jaxpr, env, nodes, {})
-    nodes = _needed(nodes, outs)  # XLA removes the others
+    nodes = _rounded(_needed(nodes, outs), outs)  # XLA removes the others
     program = Program(nodes, arguments, outs, stacked_from)
     for at, node in enumerate(nodes):
         node.at = at
         for x in node.ins:
             program.users.setdefault(x, []).append(node)
     _add_buffers(program)
-    if sums_read:
+    if not habits.recomputes:
+        _add_costly_buffers(program)
+    if habits.sums_read:
         _add_buffers_for_sums(program)
     for out, count in zip(outs, parts or (), strict=parts is not None):
         _spread_gradient(program, out, count)
@@ -191,6 +236,26 @@ def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
     return kept[::-1]
 
 
+def _rounded(nodes: list[Node], outs: list[Value]) -> list[Node]:
+    """The nodes without conversions to a smaller dtype of what one product computes.
+
+    The product writes the smaller dtype itself, where nobody else reads its result.
+    """
+    reads = Counter(x for node in nodes for x in node.ins) + Counter(outs)
+    kept = []
+    for node in nodes:
+        x = node.ins[0] if node.op == "convert_element_type" else None
+        product = None if x is None else x.node
+        if product is None or row_of(product.op).memory != "product" or reads[x] > 1:
+            kept.append(node)
+        elif node.outs[0].bytes < x.bytes:
+            product.outs = node.outs
+            node.outs[0].node = product
+        else:
+            kept.append(node)
+    return kept
+
+
 def stores(op: str) -> bool:
     """Whether an operation writes its results to memory, whatever reads them."""
     memory = row_of(op).memory
@@ -200,6 +265,21 @@ def stores(op: str) -> bool:
 def reads_whole(op: str) -> bool:
     """Whether an operation reads its operands whole, from memory."""
     return row_of(op).memory in READERS
+
+
+def _read(node: Node) -> list[Value]:
+    """What an operation reads from memory: a product converts smaller dtypes itself."""
+    if row_of(node.op).memory != "product":
+        return node.ins
+    return [x if (small := _converted(x)) is None else small for x in node.ins]
+
+
+def _converted(x: Value) -> Value | None:
+    """The value of a smaller dtype that a value is a conversion of, if it is one."""
+    if x.node is None or x.node.op != "convert_element_type":
+        return None
+    (source,) = x.node.ins
+    return source if source.bytes < x.bytes else None
 
 
 def _add_buffers(program: Program) -> None:
@@ -212,17 +292,20 @@ def _add_buffers(program: Program) -> None:
         if stores(node.op):
             real.update(node.outs)
         if reads_whole(node.op):
-            real.update(node.ins)
+            real.update(_read(node))
         elif row_of(node.op).memory == "lookup":
             # The table is read whole; the indices may be fused.
             real.add(node.ins[0])
-    # A costly value is fused into one reader; with two it would be computed twice.
+
+
+def _add_costly_buffers(program: Program) -> None:
+    """Adds the costly values with several readers, each of which would compute them again."""
     costly: set[Value] = set()
     for node in program.nodes:
         costs = row_of(node.op).memory in ("costly", "lookup")
-        if costs or any(x in costly and x not in real for x in node.ins):
+        if costs or any(x in costly and x not in program.real for x in node.ins):
             costly.update(node.outs)
-            real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
+            program.real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
 
 
 def _add_buffers_for_sums(program: Program) -> None:

@@ -12,6 +12,7 @@ import pytest
 from lora_jax import LoraConfig, analysis, models
 from lora_jax.analysis.step_memory import fit, liveness, shapes
 from lora_jax.analysis.step_memory.compiled import temporaries
+from lora_jax.analysis.step_memory.program import HABITS
 from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
 from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
 from lora_jax.cli import main
@@ -278,6 +279,45 @@ def test_what_is_alive_in_a_program_that_is_known():
 
     assert liveness.alive(update, x, x, donate=(0,)).bytes == 256 * 256 * 4
     assert liveness.alive(update, x, x).bytes == 256 * 256 * 4 + product
+
+
+def test_what_a_gpus_compiler_leaves_out():
+    """Conversions beside products, zeros of several loops, slices between two products."""
+
+    def alive(fn, *args) -> float:
+        """In arrays of 256 x 512 numbers of 4 bytes."""
+        return liveness.alive(fn, *args, habits=HABITS["gpu"]).bytes / (256 * 512 * 4)
+
+    x = jax.ShapeDtypeStruct((256, 512), "bfloat16")
+    w = jax.ShapeDtypeStruct((512, 512), "float32")
+
+    def converted(x, w):
+        y = (x.astype(jnp.float32) @ w).astype(jnp.bfloat16)
+        return jnp.matmul(y, y.T, preferred_element_type=jnp.float32)
+
+    assert alive(converted, x, w) == 1 / 2 + 1 / 2  # y, and 256 x 256 results
+
+    def chained(c, x):
+        for f in (jnp.sin, jnp.cos, jnp.exp):
+            x = jax.lax.scan(lambda c, row, f=f: (c, f(row) * c), c, x)[1]
+        return c + x.sum(), None
+
+    start = jax.ShapeDtypeStruct((), "float32")
+    stack = jax.ShapeDtypeStruct((3, 256, 512), "float32")
+    # The slice or the loop before, a loop's own stack, and the zeros of the last.
+    assert alive(lambda c, xs: jax.lax.scan(chained, c, xs)[0], start, stack) == pytest.approx(
+        3, abs=1e-3
+    )
+
+    def used_twice(x, w):
+        y = x @ w
+        wide = jnp.sin(jnp.concatenate([y] * 4, axis=1))
+        return jnp.sum(wide @ wide.T) + y @ w, None
+
+    x = jax.ShapeDtypeStruct((256, 512), "float32")
+    ws = jax.ShapeDtypeStruct((3, 512, 512), "float32")
+    # Carry, y, the wide array and its square, without the slice, which is twice an x.
+    assert alive(lambda x, ws: jax.lax.scan(used_twice, x, ws)[0], x, ws) == 1 + 1 + 4 + 1 / 2
 
 
 def test_what_no_axis_divides_is_counted_whole():
