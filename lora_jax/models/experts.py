@@ -17,6 +17,7 @@ Source: Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, "Mixtral", arX
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -105,8 +106,7 @@ class Experts(nnx.Module):
         if up.shape[0] < self.count:
             local = chosen.experts - first
             shares = jnp.where((local >= 0) & (local < up.shape[0]), shares, 0.0)
-        # In float32: the sum of a token's experts is rounded once.
-        return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), shares).astype(x.dtype)
+        return _summed(out, shares).astype(x.dtype)
 
     def gated(self, wide: Float[Array, "rows f2"]) -> Float[Array, "rows f"]:
         """What goes into the second product, of gate and up."""
@@ -117,6 +117,15 @@ class Experts(nnx.Module):
         gate = jnp.minimum(wide[:, ::2], self.limit)
         up = jnp.clip(wide[:, 1::2], -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _summed(out: Float[Array, "m k d"], shares: Float[Array, "m k"]) -> Float[Array, "m d"]:
+    """The sums over each token's experts; the backward pass converts again what is kept of `out`.
+
+    In float32: a sum is rounded once.
+    """
+    return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), shares)
 
 
 def _of_each(bias: Array, owner: Int[Array, " rows"], like: Array) -> Float[Array, "rows o"]:

@@ -101,14 +101,16 @@ def _unless_gathered() -> Callable:
     Inside of a block, it takes the place of the policies of other checkpoints: the weights that
     each tile of a mixture picks must not be kept either, see `models.expert_rows`, nor what a
     device computes for the tokens of the axis `expert`, see `models.experts`. A kernel that runs
-    under this axis is run again too; what `kept` names is not.
+    under this axis is run again too; what `kept` names is not. Where a device computes its own rows
+    it converts again: the adapters that a tile picks, and what experts make of a token.
     """
     outside = jax.sharding.get_abstract_mesh().manual_axes
 
     def policy(primitive: Any, *inputs: Any, **params: Any) -> bool:
         del inputs, params
         inside = set(jax.sharding.get_abstract_mesh().manual_axes).difference(outside)
-        return EXPERTS not in inside and primitive.name not in _BROUGHT
+        converts = bool(inside) and primitive.name == "convert_element_type"
+        return EXPERTS not in inside and primitive.name not in _BROUGHT and not converts
 
     return policy
 
