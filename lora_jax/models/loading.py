@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -13,7 +14,7 @@ from jaxtyping import Array
 
 from lora_jax.config.arguments import SettingsError, check_argument, check_key, quoted
 from lora_jax.files import check_links, named, read_object
-from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
+from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared, outlined
 from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
@@ -139,6 +140,16 @@ def load(
             {**options, **own},
             prepare,
         )
+
+
+def held(source: str | Path, *, dtype: Dtype) -> tuple[Any, Any]:
+    """What `load(source, quantize="file")` holds: the forward pass, and the parameters' shapes.
+
+    Of the weights the first layer is read, see `outlined`; errors as of `load`.
+    """
+    options = dict(param_dtype=dtype, scan=True, remat=False, offload=False, attention="auto")
+    own: Any = dict(quant=quant_config(FILE), head=_head((), None, None, None))
+    return _open(Path(source), str(source), {"dtype": dtype, **options}, **own).read(None, outlined)
 
 
 def _open(
@@ -281,9 +292,7 @@ def _open_directory(
         tokenizer = from_directory(directory, rows=config.vocab_size)
         generation = read_object(directory / "generation_config.json", optional=True)
 
-    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
-        return _fill(forward, weights, quant, spread, head)
-
+    read = partial(_fill, forward, weights, quant, head)
     return Opened(Model(forward, {}, tokenizer, generation, checkpoint=directory), weights, read)
 
 
@@ -323,9 +332,7 @@ def _open_gguf(
     forward = forward_of(head.on(config, path), **options)
     tokenizer = from_gguf(file.metadata, path=path, rows=config.vocab_size)
 
-    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
-        return _fill(forward, weights, quant, spread, head)
-
+    read = partial(_fill, forward, weights, quant, head)
     return Opened(Model(forward, {}, tokenizer, checkpoint=path), weights, read)
 
 
@@ -333,8 +340,9 @@ def _fill(
     forward: Any,
     weights: Weights,
     quant: QuantConfig | None,
-    spread: Spread | None,
     head: _Head,
+    spread: Spread | None,
+    fill: Callable[..., Any] = fill,
 ) -> tuple[Any, dict[str, Any]]:
     family, config = as_held(names_of(forward.config), weights.shapes), forward.config
     beyond = range(getattr(config, "predicting_layers", 0))

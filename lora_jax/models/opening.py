@@ -33,7 +33,7 @@ class Opened(NamedTuple):
 
     model: Model
     weights: Weights
-    read: Callable[[Spread | None], tuple[Any, dict[str, Any]]]
+    read: Callable[..., tuple[Any, dict[str, Any]]]
 
 
 def read_together(

@@ -221,6 +221,16 @@ def abstract(w: Any, name: str) -> QuantArray:
     return dataclasses.replace(q, **parts)
 
 
+def resized(q: QuantArray, shape: tuple[int, ...]) -> QuantArray:
+    """A weight of another shape, held as this one is, without its arrays: as `abstract`."""
+    q = dataclasses.replace(q, shape=shape)
+    parts = {
+        part: jax.ShapeDtypeStruct(size, getattr(q, part).dtype)
+        for part, (size, _) in _wanted(q).items()
+    }
+    return dataclasses.replace(q, **parts)
+
+
 def _wanted(q: QuantArray) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and possible dtypes of each array, by its field."""
     form, held = known(q.format)

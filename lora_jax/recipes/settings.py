@@ -88,7 +88,8 @@ class EstimateConfig:
       rank: rank of the adapters.
       rank_pattern: rank of the modules that a pattern matches, `down_proj=64`.
       target_modules: the adapted modules, as in `train`.
-      quantize: format of the base in QLoRA, as files hold it too: GPTQ and AWQ are "uint4_zero".
+      quantize: format of the base in QLoRA, as files hold it too: GPTQ and AWQ are "uint4_zero";
+        or as the model's own files hold it ("file").
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
       remat: what the backward pass recomputes of a block: "full" everything, "projections"
@@ -112,7 +113,7 @@ class EstimateConfig:
     rank: int = 16
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     target_modules: Sequence[str] | str = "all-linear"
-    quantize: Literal[FormatName, HeldName] = "nf4"
+    quantize: Literal[FormatName, HeldName, "file"] = "nf4"
     dtype: Dtype = "bfloat16"
     train_dtype: Dtype = "float32"
     remat: str = "full"

@@ -28,7 +28,7 @@ from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.compiled import compiled, placement, temporaries
 from lora_jax.analysis.step_memory.liveness import Alive, alive, on_cpu
 from lora_jax.analysis.step_memory.program import HABITS, Habits, whole_bytes
-from lora_jax.analysis.step_memory.shapes import config_of
+from lora_jax.analysis.step_memory.shapes import config_of, held_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.registry import IMAGE_ENCODER, architecture_of
@@ -36,11 +36,11 @@ from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import EXPERTS, ROWS, TOKENS
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
+from lora_jax.quant.loading import FILE
 from lora_jax.quant.scales import HeldName
 from lora_jax.tree import Count, count_parameters, format_count
 
 GIB = 2**30
-
 _PARTS = ("weights", "adapters", "optimizer", "gradients", "activations")
 
 
@@ -109,7 +109,8 @@ class MemoryEstimate:
             named = targets if isinstance(targets, str) else ", ".join(targets)
             parts.append(f"rank {settings.adapter.rank} on {named}")
         if settings.quantize:
-            parts.append(f"base in {settings.quantize}")
+            named = isinstance(settings.quantize, str)
+            parts.append(f"base in {settings.quantize}" if named else "base as its files hold it")
         name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
         parts.append(f"remat {remat_name(settings.remat)}")
         return ", ".join([*parts, *["offloaded"] * settings.offload, name])
@@ -160,7 +161,7 @@ def memory(
     model: str | Path | Mapping[str, Any] | Any,
     *,
     adapter: LoraConfig | None = LoraConfig(),  # noqa: B008 (frozen)
-    quantize: FormatName | HeldName | None = None,
+    quantize: FormatName | HeldName | Literal["file"] | None = None,
     batch: int = 1,
     length: int | None = None,
     accumulation: int = 1,
@@ -183,7 +184,8 @@ def memory(
         `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.
       quantize: format of the frozen base ("nf4", "q4_k", ...): QLoRA. As in
-        `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
+        `models.load(quantize=)` every matrix except the head and the embedding tables is quantized;
+        "file" is what the model's own files hold, of which little more than headers are read.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row, of an encoder-decoder those of each of its texts; the smaller of 2048
         and the model's context by default.
@@ -217,7 +219,7 @@ def memory(
         )
     settings = StepSettings(
         adapter=adapter,
-        quantize=quantize,
+        quantize=held_of(model, dtype) if quantize == FILE else quantize,
         batch=batch,
         length=min(2048, context) if length is None else length,
         accumulation=accumulation,

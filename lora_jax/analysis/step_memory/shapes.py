@@ -3,13 +3,20 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+
+from lora_jax.config.arguments import kind_of
 from lora_jax.files import read_object
 from lora_jax.hf.hub import snapshot
 from lora_jax.models.gguf import read_config
+from lora_jax.models.loading import find_smollm2, held
+from lora_jax.models.model import Dtype
 from lora_jax.models.registry import config_from_hf
-from lora_jax.paths import nearest
+from lora_jax.paths import nearest, spell
+from lora_jax.quant.array import QuantArray, is_quant
+from lora_jax.quant.loading import FILE
 
 _LLAMA_2: Mapping[str, Any] = {
     "model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096,
@@ -141,6 +148,44 @@ def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
     if not path.exists() and is_id:
         return str(model), _from_path(snapshot(str(model), patterns=("config.json",)))[1]
     return _from_path(path)
+
+
+class Held(NamedTuple):
+    """How the files of a model hold its weights.
+
+    Attributes:
+      scan: which blocks are stacked together, as `forward_of` takes it.
+      leaves: the quantized leaves by their path, without arrays.
+    """
+
+    scan: bool | tuple[int, ...]
+    leaves: Mapping[str, QuantArray]
+
+    def __str__(self) -> str:
+        return FILE
+
+
+def held_of(model: Any, dtype: Dtype) -> Held:
+    """What `models.load(model, quantize="file")` holds.
+
+    Args:
+      model: as of `config_of`, but one with files.
+      dtype: of the weights that are floats.
+
+    Raises:
+      ValueError: a model without files, or whose files hold floats.
+    """
+    path = Path(model) if isinstance(model, str | Path) else None
+    path = find_smollm2() if str(path) == "smollm2" else path
+    if path is None or not path.exists():
+        named = f"`{model}`" if isinstance(model, str) else kind_of(model)
+        raise ValueError(
+            f'quantize="{FILE}" keeps the blocks of a model\'s files, and `model`, {named}, is no '
+            'directory or .gguf file: give its path, or name a format, quantize="nf4"'
+        )
+    forward, params = held(path.parent if path.suffix == ".json" else path, dtype=dtype)
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quant)
+    return Held(forward.scan, {spell(at): x for at, x in found if is_quant(x)})
 
 
 def _from_path(path: Path) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
+from lora_jax.analysis.step_memory.shapes import Held
 from lora_jax.config.arguments import check_count, set_plain_fields
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.kernels import AttentionName
@@ -28,7 +29,7 @@ from lora_jax.models.sharding import EXPERTS, ROWS, RULES, TOKENS
 from lora_jax.paths import spell
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import Backend, QuantArray, abstract, known
+from lora_jax.quant.array import Backend, QuantArray, abstract, known, resized
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.loading import is_kernel
@@ -62,7 +63,7 @@ class StepSettings:
 
     Attributes:
       adapter: the adapter's config; None trains every weight.
-      quantize: format of the frozen base's matrices ("nf4", "int4", ...), or None.
+      quantize: format of the frozen base's matrices ("nf4", "int4", ...), what files hold, or None.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; of an encoder-decoder those of each of its texts.
       accumulation: forward passes of one optimizer step.
@@ -81,7 +82,7 @@ class StepSettings:
     """
 
     adapter: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
-    quantize: FormatName | HeldName | None = None
+    quantize: FormatName | HeldName | Held | None = None
     batch: int = 1
     length: int = 2048
     accumulation: int = 1
@@ -104,7 +105,8 @@ class StepSettings:
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", remat_name(self.remat))
         if self.quantize is not None:
-            known(self.quantize)
+            if isinstance(self.quantize, str):
+                known(self.quantize)
             if self.adapter is None:
                 raise ValueError(
                     "`quantize` is for a frozen base, and full fine-tuning trains it: pass an "
@@ -193,7 +195,7 @@ def abstract_step(
         attention=settings.attention,
         dtype=settings.dtype,
         param_dtype=settings.train_dtype if whole else settings.dtype,
-        scan=True,
+        scan=settings.quantize.scan if isinstance(settings.quantize, Held) else True,
         remat=settings.remat,
         offload=settings.offload,
     )
@@ -275,12 +277,10 @@ def _own_experts(base: Any, devices: int) -> Any:
 
 def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     """A tree of `ShapeDtypeStruct`s with the shardings of a tree of specs."""
-    leaves, tree = jax.tree.flatten(shapes)
-    found = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-        for x, spec in zip(leaves, memory_mesh.leaves(specs), strict=True)
-    ]
-    return jax.tree.unflatten(tree, found)
+    flat, tree = jax.tree.flatten(shapes)
+    places = [NamedSharding(mesh, spec) for spec in memory_mesh.leaves(specs)]
+    found = zip(flat, places, strict=True)
+    return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in found)
 
 
 def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
@@ -293,11 +293,13 @@ def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
     backend: Backend = "reference" if unsplit else settings.backend
 
     def held(path: Any, x: Any) -> Any:
-        if not is_kernel(spell(path), x):
+        name, of_file = spell(path), isinstance(form, Held)
+        if name not in form.leaves if of_file else not is_kernel(name, x):
             return x
-        return dataclasses.replace(abstract(x, form), backend=backend)
+        found = resized(form.leaves[name], x.shape) if of_file else abstract(x, form)
+        return dataclasses.replace(found, backend=backend)
 
-    if form in HELD:
+    if isinstance(form, Held) or form in HELD:
         return jax.tree_util.tree_map_with_path(held, shapes)
 
     def quantized(params: Any) -> Any:
@@ -370,10 +372,8 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     """
     base = placed_specs(step.base, RULES, settings.mesh, stacklevel=5)  # the caller of `memory`
     params = partition_specs(step.params, base)
-    if settings.adapter is None:
-        trainable, frozen = params, step.frozen
-    else:
-        trainable, frozen = trained_and_frozen(params)
+    whole = settings.adapter is None
+    trainable, frozen = (params, step.frozen) if whole else trained_and_frozen(params)
     copied: Any = PartitionSpec()
     moments = optax.tree_utils.tree_map_params(
         settings.tx,

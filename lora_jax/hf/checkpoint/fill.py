@@ -28,7 +28,7 @@ from lora_jax.hf.checkpoint.weights import Part, Weights, check_fit
 from lora_jax.paths import spell
 from lora_jax.quant import ops
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import QuantArray
+from lora_jax.quant.array import QuantArray, resized
 from lora_jax.quant.loading import FILE, QuantConfig, in_format, outline
 
 # (path, leaf) -> the sharding of the leaf's own dims
@@ -99,6 +99,40 @@ def fill(
       ValueError: keys missing, left over or misshapen, all in one message; or a tensor that cannot
         be read or quantized.
     """
+    leaves, tree = _leaves(shapes, weights, family)
+    return jax.tree.unflatten(tree, filled(leaves, weights, quantize=quantize, spread=spread))
+
+
+def outlined(
+    shapes: Any,
+    weights: Weights,
+    *,
+    family: Family = ANY,
+    quantize: QuantConfig,
+    spread: Spread | None = None,
+) -> Any:
+    """As `fill` with the format "file", without arrays: a `ShapeDtypeStruct` for each.
+
+    Of a quantized leaf the first layer alone is read, which has the dtypes of its scales.
+    """
+    del spread
+    leaves, tree = _leaves(shapes, weights, family)
+
+    def held(leaf: Leaf) -> Any:
+        tensors = list(leaf.tensors.values())
+        found = outline(quantize, weights, path=leaf.path, leaf=leaf.like, tensors=tensors)
+        if found is None:
+            return leaf.like
+        stack, inner = leaf.like.shape[: leaf.depth], leaf.like.shape[leaf.depth :]
+        piece = _Piece(leaf, weights, (0,) * leaf.depth, stack)
+        first = piece.blocks(((0, 1),) * leaf.depth + tuple((0, size) for size in inner))
+        return resized(first, found.shape)
+
+    return jax.tree.unflatten(tree, [held(leaf) for leaf in leaves])
+
+
+def _leaves(shapes: Any, weights: Weights, family: Family) -> tuple[list[Leaf], Any]:
+    """The leaves of a tree and its structure, after a check that they are the checkpoint's."""
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     leaves = [_leaf(spell(path), like, family) for path, like in flat]
     wanted = {
@@ -108,7 +142,7 @@ def fill(
         for name, shape in tensor.wanted(leaf.like.shape[leaf.depth :])
     }
     check_fit(wanted, weights, ignored=family.ignored)
-    return jax.tree.unflatten(tree, filled(leaves, weights, quantize=quantize, spread=spread))
+    return leaves, tree
 
 
 def filled(
