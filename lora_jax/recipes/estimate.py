@@ -63,6 +63,7 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
             length=config.max_length,
             accumulation=config.accumulation,
             packing=config.packing,
+            balance_experts=config.balance_experts,
             dtype=config.dtype,
             train_dtype=config.train_dtype,
             remat=config.remat,

@@ -212,6 +212,7 @@ def fitted(
         accumulation=config.accumulation,
         length=max(found.ladder),
         packing=found.segmented and not whole_rows(model),
+        balance_experts=config.balance_experts,
         dtype=forward.dtype,
         remat=forward.remat,
         offload=kind_of_model(model) in (CAUSAL_LM, ENCODER_DECODER) and forward.offload,

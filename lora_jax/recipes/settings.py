@@ -85,6 +85,7 @@ class EstimateConfig:
         2048, or the model's context if that is shorter.
       accumulation: forward passes of one optimizer step.
       packing: rows hold several examples side by side, as `train --packing` makes them.
+      balance_experts: with the load-balancing loss of a mixture, as in `train`.
       rank: rank of the adapters.
       rank_pattern: rank of the modules that a pattern matches, `down_proj=64`.
       target_modules: the adapted modules, as in `train`.
@@ -110,6 +111,7 @@ class EstimateConfig:
     max_length: int | None = None
     accumulation: int = 1
     packing: bool = False
+    balance_experts: bool = False
     rank: int = 16
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     target_modules: Sequence[str] | str = "all-linear"

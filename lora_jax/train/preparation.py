@@ -232,8 +232,8 @@ def layout(
     return Layout(prepared, total, choice.text)
 
 
-def balance_of(model: Any, config: TrainConfig) -> float:
-    """The weight of the load-balancing loss of experts; 0 unless it is asked for.
+def balance_of(model: Any, config: Any) -> float:
+    """The weight of the load-balancing loss of experts; 0 unless `config.balance_experts`.
 
     Raises:
       ValueError: it is asked for, and the model has none.

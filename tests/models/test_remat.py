@@ -12,7 +12,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.analysis.step_memory.compiled import placement
-from lora_jax.analysis.step_memory.step import StepSettings, abstract_step, placed, spread
+from lora_jax.analysis.step_memory.mesh import placed
+from lora_jax.analysis.step_memory.step import StepSettings, abstract_step, spread
 from lora_jax.models.mesh import entered
 from lora_jax.models.registry import forward_of
 from lora_jax.models.remat import remat_name

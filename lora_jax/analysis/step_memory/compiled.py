@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings, placed
+from lora_jax.analysis.step_memory.mesh import placed
+from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings
 from lora_jax.models.mesh import Placement, entered
 from lora_jax.models.sharding import ROWS, TOKENS
 from lora_jax.train.mesh import results

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import jax
 import optax
 
-from lora_jax import paths
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.compiled import compiled, placement, temporaries
@@ -166,6 +165,7 @@ def memory(
     length: int | None = None,
     accumulation: int = 1,
     packing: bool = False,
+    balance_experts: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     remat: Remat = "full",
@@ -189,7 +189,7 @@ def memory(
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row, of an encoder-decoder those of each of its texts; the smaller of 2048
         and the model's context by default.
-      accumulation, packing, dtype, train_dtype, remat, offload: `StepSettings`.
+      accumulation, packing, balance_experts, dtype, train_dtype, remat, offload: `StepSettings`.
       optimizer, clip, backend: the same.
       mesh: axis to number of devices; see `lora_jax.models.sharding` for what an axis shards.
       exact: compile the step on this machine's default backend and take gradients and activations
@@ -224,6 +224,7 @@ def memory(
         length=min(2048, context) if length is None else length,
         accumulation=accumulation,
         packing=packing,
+        balance_experts=balance_experts,
         dtype=dtype,
         train_dtype=train_dtype,
         remat=remat,
@@ -340,16 +341,8 @@ def _peak(
     )
     if settings.backend != "reference":
         return found
-    named = jax.tree_util.tree_leaves_with_path(step.state.trainable)
-    flat = zip(named, counts(places.state.trainable), strict=True)
-    # The gradient of an unstacked kernel (the head) has its full size: it is the result of a
-    # product that is reduced over the devices.
-    single = sum(
-        -(-whole_bytes(x) // (1 if paths.spell(path).endswith("kernel") else n))
-        for (path, x), n in flat
-        if x.ndim == 2
-    )
-    return on_cpu(found, trained=trained, single=single)
+    shards = counts(places.state.trainable)
+    return on_cpu(found, step.state.trainable, shards, trained=trained)
 
 
 def memory_table(estimates: Sequence[MemoryEstimate], *, device_memory: int | None = None) -> str:

@@ -45,6 +45,7 @@ from lora_jax.analysis.step_memory.program import (
     stores,
     whole_bytes,
 )
+from lora_jax.paths import spell
 from lora_jax.transform.primitives import row_of
 
 # How many times smaller the first operand must be for XLA to copy it rather than the second; an
@@ -67,7 +68,7 @@ class Alive(NamedTuple):
     largest: tuple[tuple[str, int], ...]
 
 
-def on_cpu(found: Alive, *, trained: int, single: int) -> Alive:
+def on_cpu(found: Alive, trainable: Any, shards: Sequence[int], *, trained: int) -> Alive:
     """Adds the copies of gradients that XLA makes on a CPU.
 
     Its kernels for a sum of squares read whole arrays, so each gradient divided by the number of
@@ -77,9 +78,18 @@ def on_cpu(found: Alive, *, trained: int, single: int) -> Alive:
 
     Args:
       found: from `alive`.
+      trainable: the trained parameters.
+      shards: the number of devices that each of them is spread over.
       trained: bytes of all gradients on this device.
-      single: bytes of the gradients of matrices outside the blocks.
     """
+    named = jax.tree_util.tree_leaves_with_path(trainable)
+    # The gradient of an unstacked kernel (the head) has its full size: it is the result of a
+    # product that is reduced over the devices.
+    single = sum(
+        -(-whole_bytes(x) // (1 if spell(path).endswith("kernel") else n))
+        for (path, x), n in zip(named, shards, strict=True)
+        if x.ndim == 2
+    )
     return found._replace(bytes=max(found.bytes + single, 2 * trained))
 
 

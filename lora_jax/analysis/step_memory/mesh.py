@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.sharding import AXES, ROWS, TOKENS, check_axes, check_length
@@ -94,3 +94,11 @@ def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
 def leaves(specs: Any) -> list[PartitionSpec]:
     """The specs of a tree's arrays, in the arrays' order."""
     return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """A tree of `ShapeDtypeStruct`s with the shardings of a tree of specs."""
+    flat, tree = jax.tree.flatten(shapes)
+    places = [NamedSharding(mesh, spec) for spec in leaves(specs)]
+    found = zip(flat, places, strict=True)
+    return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in found)

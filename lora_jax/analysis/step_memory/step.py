@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory.shapes import Held
@@ -41,6 +41,7 @@ from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
 from lora_jax.train.goals import goal_of
 from lora_jax.train.loss import TOGETHER, Rows, cross_entropy
+from lora_jax.train.preparation import balance_of
 from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, init, split, trained_and_frozen
@@ -68,6 +69,7 @@ class StepSettings:
       length: tokens of a row; of an encoder-decoder those of each of its texts.
       accumulation: forward passes of one optimizer step.
       packing: rows hold several examples, as `TrainConfig.packing` makes them.
+      balance_experts: as in `TrainConfig`.
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, and so of their gradients and
         optimizer state; adapters are float32.
@@ -87,6 +89,7 @@ class StepSettings:
     length: int = 2048
     accumulation: int = 1
     packing: bool = False
+    balance_experts: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Remat = "full"
@@ -199,6 +202,7 @@ def abstract_step(
         remat=settings.remat,
         offload=settings.offload,
     )
+    balance = balance_of(forward, settings)
     base = _base(forward, settings, pad=part is not None)
     if part is not None and part[EXPERTS] > 1:
         base = _own_experts(base, part[EXPERTS])
@@ -218,7 +222,7 @@ def abstract_step(
     forward = forward if undivided else dataclasses.replace(forward, tokens=over)
     if decodes:
         forward, rows = _on_mesh(forward, settings, base=base, params=params, at=at)
-        loss = lora_loss(forward, rows)
+        loss = lora_loss(forward, rows, balance=balance)
     else:
         rows = () if at is None else at.rows
         loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
@@ -233,7 +237,7 @@ def _on_mesh(
     if at is None:
         return forward, TOGETHER
     places = partition_specs(params, placed_specs(base, RULES, settings.mesh))
-    rows = meshes.rows_of(at, placed(params, places, at.mesh))
+    rows = meshes.rows_of(at, memory_mesh.placed(params, places, at.mesh))
     return dataclasses.replace(forward, rows=at.rows, gathered=rows.weights), rows
 
 
@@ -273,14 +277,6 @@ def _own_experts(base: Any, devices: int) -> Any:
         return jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
 
     return jax.tree.map(own, base, spread, is_leaf=lambda x: isinstance(x, QuantArray))
-
-
-def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
-    """A tree of `ShapeDtypeStruct`s with the shardings of a tree of specs."""
-    flat, tree = jax.tree.flatten(shapes)
-    places = [NamedSharding(mesh, spec) for spec in memory_mesh.leaves(specs)]
-    found = zip(flat, places, strict=True)
-    return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in found)
 
 
 def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
@@ -327,6 +323,7 @@ def _batch(settings: StepSettings, config: Any, kind: str) -> Batch:
     one_a_row = answers or (goal is not None and goal.per == "text")
     places = batch if one_a_row else batch * length
     shape, dtype = goal.target(config) if goal is not None and decodes else ((), "int32")
+    segmented = settings.packing or answers or settings.balance_experts
     images = None
     if kind == IMAGE_ENCODER:
         images = whole(batch, config.num_channels, *config.image_size, dtype="float32")
@@ -335,7 +332,7 @@ def _batch(settings: StepSettings, config: Any, kind: str) -> Batch:
         positions=whole(places),
         targets=whole(places, *shape, dtype=dtype),
         weights=whole(places, dtype="float32"),
-        segments=whole(batch, length) if settings.packing or answers else None,
+        segments=whole(batch, length) if segmented else None,
         reads=whole(batch, length) if kind == ENCODER_DECODER else None,
         images=images,
     )

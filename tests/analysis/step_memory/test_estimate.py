@@ -534,6 +534,8 @@ def test_tensor_divides_t5_and_images_have_one_length():
         (LLAMA, dict(mesh={"tensor": 3}), ".tensor. = 3 does not divide `num_attention_heads` = 8"),
         ("gpt2", dict(mesh={"tensor": 2}), ".tensor. is not known for model_type `gpt2`"),
         (LLAMA, dict(adapter=LoraConfig(target_modules=("q_prj",))), "q_prj"),
+        (LLAMA, dict(balance_experts=True), "`balance_experts` is for a mixture of experts whose"),
+        ("bert-base", dict(balance_experts=True), "`balance_experts` is for a mixture of experts"),
         ("bert-base", dict(packing=True), "`packing` is for language models, and `bert` is an enc"),
     ],
 )  # fmt: skip

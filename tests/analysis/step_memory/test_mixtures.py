@@ -26,6 +26,10 @@ MODELS: dict[str, dict[str, Any]] = {
 ADAPTER = LoraConfig(rank=8, target_modules=("q_proj", "experts.gate_up_proj", "experts.down_proj"))
 
 
+# With the load-balancing loss, whose weight is in config.json.
+BALANCED = {**MODELS["mixtral"], "router_aux_loss_coef": 0.02}
+
+
 def _slow(kind: str, mesh: dict[str, int], remat: str):
     return pytest.param(kind, mesh, remat, marks=pytest.mark.slow)
 
@@ -54,3 +58,17 @@ def test_an_estimate_of_experts_is_that_of_the_compiled_step(kind, mesh, remat):
     assert compiled.arguments == found.arguments
     # A tenth, but for many narrow experts with "projections" on one device: 0.899.
     assert 0.89 < found.total / compiled.total < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"expert": 4}], ids=str)
+def test_the_balance_of_experts_is_counted(mesh):
+    options: dict[str, Any] = dict(
+        adapter=ADAPTER, batch=8, length=256, dtype="float32", backend="reference", mesh=mesh,
+        balance_experts=True,
+    )  # fmt: skip
+    found = analysis.memory(BALANCED, **options)
+    compiled = analysis.memory(BALANCED, exact=True, **options)
+    # Beside the tokens lie the numbers of the texts, which are padding where there are none.
+    assert compiled.arguments == found.arguments
+    assert found.total == pytest.approx(compiled.total, rel=0.1)
