@@ -255,15 +255,14 @@ PRIMITIVES: dict[str, Primitive] = {
     # Without a rule: nonlinear in a weight, so it is materialized. Models use these on activations,
     # which the dataflow, the token follower and the memory estimate go through.
     **dict.fromkeys(
-        "add_any max min tan asin acos atan sinh cosh asinh acosh "
-        "atanh atan2 erfc lgamma digamma abs sign floor ceil round is_finite not and or xor "
+        "add_any max min abs sign floor ceil round is_finite not and or xor "
         "shift_left shift_right_logical shift_right_arithmetic eq ne lt le gt ge select_n clamp "
         "nextafter population_count clz bitcast_convert_type".split(),
         _elementwise("fused"),
     ),
     **dict.fromkeys(
-        "cbrt cos erf erf_inv exp exp2 expm1 log log1p logistic pow rem rsqrt sin sqrt "
-        "tanh".split(),
+        "acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 "
+        "expm1 lgamma log log1p logistic pow rem rsqrt sin sinh sqrt tan tanh".split(),
         _elementwise("costly"),
     ),
     **dict.fromkeys("cumprod cummax cummin cumlogsumexp".split(), _elementwise("reader")),
