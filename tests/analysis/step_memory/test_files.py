@@ -46,7 +46,6 @@ MESHES = [{}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}]
     ("kind", "mesh"),
     [
         ("q4_0", {"fsdp": 2}),
-        ("gptq", {}),
         *(
             pytest.param(kind, mesh, marks=pytest.mark.slow)
             for kind in ("q4_0", "gptq", "fp8", "bnb")
