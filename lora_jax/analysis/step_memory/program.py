@@ -146,7 +146,7 @@ def read(
     *,
     stacked_from: int,
     parts: Sequence[int] | None = None,
-    habits: Habits,
+    habits: Habits = Habits(),  # noqa: B008 (a tuple)
 ) -> Program:
     """The program of an open jaxpr.
 
