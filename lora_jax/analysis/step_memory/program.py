@@ -244,13 +244,12 @@ def _rounded(nodes: list[Node], outs: list[Value]) -> list[Node]:
     reads = Counter(x for node in nodes for x in node.ins) + Counter(outs)
     kept = []
     for node in nodes:
-        x = node.ins[0] if node.op == "convert_element_type" else None
-        product = None if x is None else x.node
-        if product is None or row_of(product.op).memory != "product" or reads[x] > 1:
+        found = node.ins[0].node if node.op == "convert_element_type" else None
+        if found is None or row_of(found.op).memory != "product" or reads[node.ins[0]] > 1:
             kept.append(node)
-        elif node.outs[0].bytes < x.bytes:
-            product.outs = node.outs
-            node.outs[0].node = product
+        elif node.outs[0].bytes < node.ins[0].bytes:
+            found.outs = node.outs
+            node.outs[0].node = found
         else:
             kept.append(node)
     return kept
@@ -271,7 +270,8 @@ def _read(node: Node) -> list[Value]:
     """What an operation reads from memory: a product converts smaller dtypes itself."""
     if row_of(node.op).memory != "product":
         return node.ins
-    return [x if (small := _converted(x)) is None else small for x in node.ins]
+    smaller = [(x, _converted(x)) for x in node.ins]
+    return [x if small is None else small for x, small in smaller]
 
 
 def _converted(x: Value) -> Value | None:

@@ -281,6 +281,7 @@ def _own_experts(base: Any, devices: int) -> Any:
 
 def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
     shapes, form = forward.shapes(), settings.quantize
+    leaves = form.leaves if isinstance(form, Held) else None
     if form is None:
         return shapes
 
@@ -289,13 +290,14 @@ def _base(forward: Any, settings: StepSettings, *, pad: bool) -> Any:
     backend: Backend = "reference" if unsplit else settings.backend
 
     def held(path: Any, x: Any) -> Any:
-        name, of_file = spell(path), isinstance(form, Held)
-        if name not in form.leaves if of_file else not is_kernel(name, x):
-            return x
-        found = resized(form.leaves[name], x.shape) if of_file else abstract(x, form)
-        return dataclasses.replace(found, backend=backend)
+        name = spell(path)
+        if leaves is None:
+            found = abstract(x, str(form)) if is_kernel(name, x) else None
+        else:
+            found = resized(leaves[name], x.shape) if name in leaves else None
+        return x if found is None else dataclasses.replace(found, backend=backend)
 
-    if isinstance(form, Held) or form in HELD:
+    if leaves is not None or form in HELD:
         return jax.tree_util.tree_map_with_path(held, shapes)
 
     def quantized(params: Any) -> Any:
@@ -385,13 +387,9 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     # A classifier has one place a row.
     by_token = step.batch.positions.size == step.batch.tokens.size
     places = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
-    own = dict.fromkeys(("positions", "targets", "weights"), places)
+    own: dict[str, Any] = dict.fromkeys(("positions", "targets", "weights"), places)
     own["tokens"] = PartitionSpec(None, ROWS, TOKENS)
-    batch: Any = Batch(
-        **{
-            name: None if x is None else own.get(name, rows)
-            for name, x in step.batch._asdict().items()
-        }
-    )
+    fields = step.batch._asdict().items()
+    specs: dict[str, Any] = {n: None if x is None else own.get(n, rows) for n, x in fields}
     state = TrainState(copied, trainable, moments, copied)
-    return Spread(params, state, frozen, batch)
+    return Spread(params, state, frozen, Batch(**specs))
