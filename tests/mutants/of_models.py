@@ -74,8 +74,8 @@ FAULTS = [
          "jax.nn.softmax(logits.astype(jnp.float32), axis=1)\n    return Load"),
         ("jnp.where(within[:, :, None], grouped, -jnp.inf)",
          "jnp.where(within[:, :, None], grouped, 0.0)"),
-        ('jnp.einsum("mkd,mk->md", out.astype(jnp.float32), shares).astype(x.dtype)',
-         'jnp.einsum("mkd,mk->md", out, shares.astype(x.dtype))'),
+        ('jnp.einsum("mkd,mk->md", out.astype(jnp.float32), shares)',
+         'jnp.einsum("mkd,mk->md", out, shares.astype(out.dtype))'),
     ),
     *in_file(
         "models/experts.py",

@@ -10,7 +10,6 @@ from lora_jax.cli import main
 from lora_jax.models.saving import save_model
 from lora_jax.train.memory import device_bytes
 
-from tests.models.test_shards import as_bitsandbytes
 from tests.support import quantized_files
 from tests.support.gguf_files import tensors_of, write_model
 
@@ -32,9 +31,6 @@ def written(place, kind):
     if kind == "gptq":
         return quantized_files.tiny(place / "gptq", GPTQ, quantized_files.in_groups, width=256)
     model = models.init(jax.random.key(0), CONFIG)
-    if kind == "bnb":
-        save_model(place / "plain", model, model.params)
-        return as_bitsandbytes(place / "bnb", place / "plain", double=True)
     blocks = GGMLQuantizationType.Q4_0
     return write_model(place / "q4_0.gguf", CONFIG, tensors_of(model), blocks)
 
@@ -48,7 +44,7 @@ MESHES = [{}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}]
         ("q4_0", {"fsdp": 2}),
         *(
             pytest.param(kind, mesh, marks=pytest.mark.slow)
-            for kind in ("q4_0", "gptq", "fp8", "bnb")
+            for kind in ("q4_0", "gptq", "fp8")
             for mesh in MESHES
         ),
     ],
