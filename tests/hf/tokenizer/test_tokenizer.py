@@ -274,6 +274,8 @@ def test_an_expression_that_takes_too_long_is_an_error(capfd):
 
 _QWEN = r"(?i:'s|'t|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_MARKED = normalizers.Replace(" ", "▁")
+_AT_MARKS = pre_tokenizers.Split("▁", "merged_with_next")
 # How a tokenizer treats spaces: RoBERTa's and ModernBERT's, Qwen's and Llama 3's, Gemma's, and
 # others; and whether the first word of a text has other tokens.
 SPACES = {
@@ -283,8 +285,11 @@ SPACES = {
             [pre_tokenizers.Split(Regex(_QWEN), "isolated"), _BYTES])), True,
     ),
     "replaced": (
-        "unigram", dict(normalizer=normalizers.Replace(" ", "▁"),
-                        pre_tokenizer=pre_tokenizers.Split("▁", "merged_with_next")), True,
+        "unigram", dict(normalizer=_MARKED, pre_tokenizer=_AT_MARKS), True,
+    ),
+    "Llama's": (
+        "unigram", dict(normalizer=normalizers.Sequence([normalizers.Prepend("▁"), _MARKED]),
+                        pre_tokenizer=_AT_MARKS), False,
     ),
     "never put": ("unigram", dict(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never")),
                   True),
