@@ -162,6 +162,7 @@ def generate(arguments: argparse.Namespace) -> None:
         # All processes have to run the same programs.
         live=processes.exchange(sys.stdout.isatty())[0],
         labels=labels,
+        template=trained.template,
     )
 
 

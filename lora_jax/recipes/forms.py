@@ -6,9 +6,9 @@ had learned nothing.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lora_jax.files import read_json, write_text
 from lora_jax.hf.peft.directory import FORM_FILE, local
@@ -26,12 +26,14 @@ class Trained(NamedTuple):
       labels: the classes of a head that was fresh, of which no file of its base has the names.
       task: what that head is for; None for a language model's, or for texts.
       problem: of such a head for texts, see `lora_jax.models.load`.
+      template: the `chat_template_kwargs` that all its chats had.
     """
 
     form: TrainedForm | None = None
     labels: tuple[str, ...] = ()
     task: Task | None = None
     problem: Problem | None = None
+    template: Mapping[str, Any] = {}  # noqa: RUF012
 
     @property
     def has_head(self) -> bool:
@@ -48,10 +50,21 @@ def form_of(records: Iterable[Record]) -> TrainedForm:
     return found.pop() if len(found) == 1 else "mixed"
 
 
+def template_of(records: Iterable[Record]) -> dict[str, Any]:
+    """The further variables of the chat template that all chats have alike, such as thinking."""
+    found = [
+        {name: x for name, x in record.options.items() if name not in ("tools", "documents")}
+        for record in records
+        if record.form == "messages"
+    ]
+    return found[0] if found and all(each == found[0] for each in found) else {}
+
+
 def write_form(directory: str | Path, form: TrainedForm | None, head: Trained = NOTHING) -> None:
     """Writes the form and a fresh head's facts beside an adapter, or into a run's folder."""
     known = {
-        "form": form, "labels": list(head.labels), "task": head.task, "problem": head.problem
+        "form": form, "labels": list(head.labels), "task": head.task, "problem": head.problem,
+        "template": dict(head.template),
     }  # fmt: skip
     text = json.dumps({name: value for name, value in known.items() if value})
     write_text(Path(directory) / FORM_FILE, text + "\n")
@@ -94,4 +107,7 @@ def read_trained(adapter: str | Path) -> Trained:
     labels = value.get("labels") or ()
     if not isinstance(labels, list | tuple) or not all(isinstance(x, str) for x in labels):
         raise ValueError(f"{path}: `labels` must be a list of names, got {labels!r}")
-    return Trained(value["form"], tuple(labels), value.get("task"), value.get("problem"))
+    template = value.get("template") or {}
+    if not isinstance(template, dict):
+        raise ValueError(f"{path}: `template` must be an object, got {template!r}")
+    return Trained(value["form"], tuple(labels), value.get("task"), value.get("problem"), template)

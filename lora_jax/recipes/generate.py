@@ -121,6 +121,7 @@ def generate_texts(
     *,
     first: int = 0,
     stream: Callable[[int, str], None] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Generates an answer to each prompt.
 
@@ -134,6 +135,7 @@ def generate_texts(
       stream: called with an index of `questions` and what has been added to its answer. The texts
         joined are the answer but for its end, which may still change, and for characters that the
         tokenizer changes after they were passed on (bytes that turn out to be no text).
+      template: further variables of the chat template, such as `{"enable_thinking": False}`.
 
     Returns:
       One text for each question, without special tokens.
@@ -151,7 +153,7 @@ def generate_texts(
             f"`max_new_tokens` is {config.max_new_tokens}, but the model's context, with the "
             f"prompt, is {context} tokens"
         )
-    prompts = [_tokens(model, question) for question in questions]
+    prompts = [_tokens(model, question, template or {}) for question in questions]
     # A chat model ends a turn with another token than a text; both are ends.
     stops = sorted({*model.config.eos_token_ids, *tokenizer.stop_ids})
     sampling = sampling_of(config, model.generation)
@@ -213,6 +215,7 @@ def answer_prompts(
     write: Callable[[str], None],
     live: bool,
     labels: bool,
+    template: Mapping[str, Any] | None = None,
 ) -> None:
     """Answers prompts in their order and writes the answers, each followed by a line break.
 
@@ -224,8 +227,9 @@ def answer_prompts(
       live: answer one prompt at a time and write its tokens as they come; otherwise whole answers,
         a batch at a time.
       labels: write each prompt above its answer, and an empty line after it.
+      template: as for `generate_texts`.
     """
-    left, first = iter(prompts), 0
+    left, first, run = iter(prompts), 0, partial(generate_texts, template=template)
     gap = "\n\n" if labels else "\n"
     # Not all prompts are read at once: whoever sends them may wait for an answer first. Live, a
     # batch would only delay that answer.
@@ -235,16 +239,17 @@ def answer_prompts(
         if live:
             # Before the prompt is read and its first token compiled, which takes seconds.
             write(heads[0])
-            _answer_live(model, params, questions, config, first=first, write=write)
+            _answer_live(run, model, params, questions, config, first=first, write=write)
             write(gap)
         else:
-            answers = generate_texts(model, params, questions, config, first=first)
+            answers = run(model, params, questions, config, first=first)
             for head, answer in zip(heads, answers, strict=True):
                 write(head + answer + gap)
         first += len(some)
 
 
 def _answer_live(
+    run: Callable[..., list[str]],
     model: Any,
     params: Any,
     questions: Sequence[Messages | str],
@@ -261,7 +266,7 @@ def _answer_live(
         shown += text
         write(text)
 
-    (answer,) = generate_texts(model, params, questions, config, first=first, stream=stream)
+    (answer,) = run(model, params, questions, config, first=first, stream=stream)
     # Where the tokenizer changed what was written, the whole answer stands below it.
     write(answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}")
 
@@ -300,10 +305,10 @@ def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampli
     return Sampling(checked.temperature or 0.0, 1.0 if checked.top_p is None else checked.top_p)
 
 
-def _tokens(model: Any, question: Messages | str) -> list[int]:
+def _tokens(model: Any, question: Messages | str, template: Mapping[str, Any]) -> list[int]:
     tokenizer = model.tokenizer
     if isinstance(question, str):
         # An encoder reads a whole text, its end included.
         whole = kind_of_model(model) == ENCODER_DECODER
         return list(tokenizer.encode(question) if whole else tokenizer.encode_prompt(question))
-    return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))
+    return list(tokenizer.apply_chat_template(question, add_generation_prompt=True, **template))

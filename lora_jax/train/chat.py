@@ -5,7 +5,9 @@ What is learned is what the model has to generate: from the end of the prompt th
 `{% generation %}` marks it itself.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from lora_jax.train.messages import REASONING, Message, is_learned
@@ -124,8 +126,9 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
     if not after.startswith(before):
         raise ValueError(
             f"the tokenizer's chat template writes message {len(messages) - 1} elsewhere than "
-            "behind the prompt it makes for it, so what is trained is not what is generated; mark "
-            'the answers in the template by `{% generation %}`, or use "prompt" and "completion"'
+            "behind the prompt it makes for it, so what is trained is not what is generated; "
+            f"{_agreeing(messages, options, tokenizer)}mark the answers in the template by "
+            '`{% generation %}`, or use "prompt" and "completion"'
         )
     head, tokens = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
     if tokens[: len(head)] != head:
@@ -140,6 +143,20 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
     end = _end(tokens, len(head), tokenizer)
     # What the template writes behind the end token belongs to the next turn.
     return tokens[:end], [False] * len(head) + [True] * (end - len(head))
+
+
+def _agreeing(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> str:
+    """A switch of thinking with which the template writes the answer behind its prompt."""
+    for name, value in product(("enable_thinking", "thinking"), (False, True)):
+        changed = {**options, name: value}
+        try:
+            before = tokenizer.render_chat(messages[:-1], True, **changed)
+            fits = tokenizer.render_chat(messages, False, **changed).startswith(before)
+        except ValueError:
+            continue
+        if fits:
+            return f'add "chat_template_kwargs": {json.dumps({name: value})} to the rows, '
+    return ""
 
 
 def _end(tokens: Sequence[int], start: int, tokenizer: Any) -> int:

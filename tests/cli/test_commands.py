@@ -18,6 +18,7 @@ from lora_jax.models.saving import save_model
 from lora_jax.recipes import finetune
 from lora_jax.recipes import generate as recipes_generate
 from lora_jax.recipes.demo import task
+from lora_jax.recipes.forms import Trained, read_trained
 
 from tests.support import tiny
 
@@ -36,7 +37,8 @@ def model(tmp_path_factory) -> str:
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     examples, _ = task.make_examples(0, train=24, test=1)
-    lines = (json.dumps({"messages": task.conversation(e)}) for e in examples)
+    more = {"chat_template_kwargs": {"mood": "calm"}}
+    lines = (json.dumps({"messages": task.conversation(e), **more}) for e in examples)
     path.write_text("\n".join(lines))
     return str(path)
 
@@ -267,6 +269,11 @@ def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):
     for path in (gguf, own):
         assert main(["inspect", path, "--check"]) == 0
         assert "‖s·B·A‖" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_variables_of_its_template(run):
+    for folder in (run, run / "adapter"):
+        assert read_trained(folder) == Trained("messages", template={"mood": "calm"})
 
 
 def test_export_refuses_another_base(run, tmp_path, capsys):

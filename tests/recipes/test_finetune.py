@@ -24,7 +24,16 @@ from lora_jax.recipes.fitting import (
     with_classes,
     with_head,
 )
-from lora_jax.recipes.forms import FORM_FILE, Trained, carry_form, form_of, read_form, write_form
+from lora_jax.recipes.forms import (
+    FORM_FILE,
+    Trained,
+    carry_form,
+    form_of,
+    read_form,
+    read_trained,
+    template_of,
+    write_form,
+)
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
 
@@ -228,6 +237,16 @@ def test_forms(tmp_path):
     assert read_form(tmp_path) is None
     write_form(tmp_path, "mixed")
     assert read_form(tmp_path) == "mixed"
+    turns = {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}
+    plain = record_of({**turns, "tools": [{"name": "x"}]})
+    one, other = (record_of({**turns, "chat_template_kwargs": {"mood": x}}) for x in "ab")
+    assert template_of([one, text, one]) == {"mood": "a"}
+    assert template_of([one, other]) == template_of([one, plain]) == template_of([plain]) == {}
+    write_form(tmp_path, "messages", Trained(template=template_of([one])))
+    assert read_trained(tmp_path).template == {"mood": "a"}
+    (tmp_path / FORM_FILE).write_text('{"form": "messages", "template": 3}')
+    with pytest.raises(ValueError, match="`template` must be an object, got 3"):
+        read_form(tmp_path)
     (tmp_path / FORM_FILE).write_text('{"form": "poem"}')
     with pytest.raises(ValueError, match=f"{FORM_FILE}: `form` must be one of prompt, .*'poem'"):
         read_form(tmp_path)

@@ -232,6 +232,18 @@ def test_a_form_that_is_not_known_is_said_where_it_matters():
     assert ask(system="Be brief.") == [as_messages("Hi", system="Be brief.")]
 
 
+def test_the_variables_of_the_training_reach_the_template(model):
+    template = tiny.TEMPLATE + "{% if add_generation_prompt %}{{ mood }}{% endif %}"
+    tokenizer = dataclasses.replace(model.tokenizer, chat_template=template)
+    moody = dataclasses.replace(model, tokenizer=tokenizer)
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for mood in "", "Friday we ":
+        got = generate_texts(
+            moody, model.params, [as_messages("Hi")], CONFIG, template={"mood": mood}
+        )
+        assert got == generate_texts(model, model.params, [asked + mood], CONFIG)
+
+
 def test_a_system_message_needs_a_chat():
     with pytest.raises(ValueError, match="`system` is for chat messages"):
         as_trained(["Hi"], chat=True, form="prompt", system="Be brief.")

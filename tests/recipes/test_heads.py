@@ -164,7 +164,7 @@ def test_an_answer_is_found_in_a_window_of_its_context():
     with pytest.raises(ValueError, match='too_long="truncate" or'):
         examples([record], tokenizer, max_length=24, config=config)
     asked = record_of({**ROWS["question-answering"][0], "question": "Who? " * 9}, source="d:7")
-    with pytest.raises(ValueError, match="^d:7: the first text has .* in a window of 24 tokens"):
+    with pytest.raises(ValueError, match="^d:7: the question has .* in windows of 24: shorten it"):
         examples([asked], tokenizer, max_length=24, too_long="windows", config=config)
     moved = {**ROWS["question-answering"][0], "answers": {"text": ["Tom"], "answer_start": [3]}}
     with pytest.raises(ValueError, match='the answer "Tom" is not at character 3 of the context'):
@@ -186,7 +186,7 @@ def test_each_window_has_something_new_of_the_context(question):
             assert own[-1] not in seen
             seen += [place for place in own if place not in seen]
         assert seen == whole.offsets[-second - 1 : -1]
-    with pytest.raises(ValueError, match=f"has {first} tokens, which with {around} special ones"):
+    with pytest.raises(ValueError, match=f"has {first} tokens, with {around} special ones no"):
         tokenizer.encoded(question, context, window=first + around)
 
 

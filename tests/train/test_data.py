@@ -1,5 +1,6 @@
 """JSON lines to examples: what is learned, and what is said about bad data."""
 
+import dataclasses
 import json
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from lora_jax.train import Record, examples, load_examples, load_jsonl, record_of
+
+from tests.support.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.once
 
@@ -109,6 +112,25 @@ def test_template_that_writes_answers_elsewhere_is_refused():
     record = record_of(chat(("user", "a"), ("assistant", "b")), source="d.jsonl:4")
     with pytest.raises(ValueError, match=r"d\.jsonl:4: the tokenizer's chat template writes mess"):
         examples([record], Counting(), max_length=99)
+
+
+def test_a_switch_of_thinking_that_would_help_is_named():
+    """As GLM's template, whose prompt begins to think and whose answers without thoughts do not."""
+    thinks = "'</t>' if enable_thinking is defined and not enable_thinking else '<t>'"
+    template = (
+        "{% for m in messages %}{{ m.role }}{{ '</t>' if m.role == 'assistant' }}{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant{{ "
+        + thinks
+        + " }}{% endif %}"
+    )
+    tokenizer = dataclasses.replace(tiny_tokenizer(), chat_template=template)
+    row = chat(("user", "a"), ("assistant", "b"))
+    with pytest.raises(ValueError, match='add "chat_template_kwargs": {"enable_thinking": false}'):
+        examples([record_of(row)], tokenizer, max_length=99)
+    off = {**row, "chat_template_kwargs": {"enable_thinking": False}}
+    (example,) = examples([record_of(off)], tokenizer, max_length=99)
+    said = example.tokens[example.learned].tolist()
+    assert tokenizer.decode(said, skip_special_tokens=False) == "b<|im_end|>"
 
 
 def test_template_that_refuses_is_named_with_the_line():

@@ -180,7 +180,7 @@ class Tokenizer:
           stride: tokens that two of those have in common, half of the second text's at most.
 
         Raises:
-          ValueError: as `encode`, or the first text leaves no room for the second in a window.
+          ValueError: as `encode`, or the first text, a question, fills a window.
         """
         row = self._encoded(text, pair)
         if window is None or len(row.ids) <= window:
@@ -189,8 +189,8 @@ class Tokenizer:
         around = len(row.ids) - first - row.sequence_ids.count(1)
         if (room := window - first - around) < 1:
             raise ValueError(
-                f"the first text has {first} tokens, which with {around} special ones leave no room"
-                f" for the second in a window of {window} tokens: shorten it, or leave the row out"
+                f"the question has {first} tokens, with {around} special ones no room is left for "
+                f"the context in windows of {window}: shorten it, leave it out, or take longer ones"
             )
         # The library panics where no token is new.
         stride = min(stride, room // 2)
