@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.models import mixing
+from lora_jax.models.bert_parts import Attending, both_ways
 
 from tests.support.decoders import FAMILIES, family, packed
 from tests.support.mesh_runs import adapted
@@ -94,6 +95,21 @@ def test_an_encoder_computes_as_on_one_device(model_type):
     mask = jnp.arange(16) < jnp.array([[16], [11]])
 
     check_spread(model, tokens, mask, mask=mask, return_hidden=True)
+
+
+def test_windows_on_both_sides_are_counted_in_the_whole_row():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 2, 4))
+    mask = jnp.arange(16) < jnp.array([[16], [11]])
+
+    def of(over):
+        by = Attending(mask=mask, over=over)
+        run = jax.jit(lambda *xs: both_ways(*xs, by=by, near=lambda back: abs(back) <= 3))
+        return np.asarray(run(q, k, v))
+
+    want = of(None)
+    with jax.set_mesh(models.make_mesh(data=2, context=4)):
+        got = of("context")
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.models.registry import inputs_of
 from lora_jax.models.saving import save_merged
 from lora_jax.models.t5_config import T5Config
@@ -160,17 +161,30 @@ def test_fields_of_public_files_are_read(saved):
     flan, umt5 = (models.config_from_hf(raw) for raw in PUBLIC.values())
     assert (flan.activation, flan.gated, flan.scaled) == ("gelu_new", True, False)
     assert (umt5.gated, umt5.kind.every, umt5.num_decoder_layers) == (True, True, 8)
+    assert umt5.eos_token_ids == (1,)
     raw = PUBLIC["flan-t5-base"]
+    plain = dict(feed_forward_proj="gelu", is_gated_act=False, dense_act_fn="gelu")
+    # Only behind `gated-` it is the approximation.
+    assert T5Config.from_hf({**raw, **plain}).activation == "gelu"
     for fields, text in (
         (dict(feed_forward_proj="doubled-gelu"), "`feed_forward_proj` must be an activation, or"),
         (dict(feed_forward_proj="gated-tanhh"), "the activation `tanhh` of `feed_forward_proj`"),
         (dict(relative_attention_num_buckets=6), "must be a multiple of 4"),
+        (dict(relative_attention_max_distance=16), "less than twice .*, got 32 and 16"),
         (dict(is_encoder_decoder=False), "`is_encoder_decoder` = False is not supported"),
         (dict(tie_encoder_decoder=True), "`tie_encoder_decoder` = True is not supported"),
         (dict(d_model=None), "config.json lacks `d_model`"),
     ):
         with pytest.raises(ValueError, match=text):
             T5Config.from_hf({**raw, **fields, "is_gated_act": None, "dense_act_fn": None})
+
+
+def test_the_only_block_has_the_distances_itself():
+    raw = {**PUBLIC["flan-t5-base"], "num_layers": 1, "num_decoder_layers": 1}
+    shapes = EncoderDecoderForward(config=T5Config.from_hf(raw)).shapes()
+    for stack in ("encoder", "decoder"):
+        attention = shapes[stack]["block"]["0:1"]["layer"]["0"]["SelfAttention"]
+        assert attention["relative_attention_bias"]["embedding"].shape == (1, 32, 12)
 
 
 def test_what_an_encoder_decoder_has_not_is_refused(saved):

@@ -190,6 +190,36 @@ def test_each_window_has_something_new_of_the_context(question):
         tokenizer.encoded(question, context, window=first + around)
 
 
+def test_windows_have_whole_answers_or_none_behind_any_question():
+    tokenizer = closing(tiny.tiny_tokenizer())
+    answer = "table for four at the inn"
+    row = {
+        "question": "Who came so late to the inn by the sea?", "context": CONTEXT,
+        "answers": {"text": [answer], "answer_start": [CONTEXT.index(answer)]},
+    }  # fmt: skip
+    count = len(tokenizer.encode(row["question"]))
+    for more in (8, 40):  # tokens beside the question's: fewer than the answer has, and more
+        windows = examples(
+            [record_of(row)], tokenizer, max_length=count + more, too_long="windows",
+            config=of("question-answering"),
+        )  # fmt: skip
+        assert len(windows) > 1
+        spans = [(each.tokens.tolist(), *np.asarray(each.targets)[0]) for each in windows]
+        found = {tokenizer.decode(tokens[a : b + 1]).strip() for tokens, a, b in spans if b}
+        assert found == ({answer} if more > 8 else set())
+
+
+@pytest.mark.parametrize(
+    ("labels", "want"),
+    [([0, 1], [1, 1]), ([0.0, 1.0], [0, 1]), ([1], [0, 1]), (["P"], [0, 1]), ([], [0, 0])],
+)
+def test_several_classes_by_names_numbers_or_one_float_each(labels, want):
+    config = of("sequence-classification", problem_type="multi_label_classification")
+    record = record_of({"text": "a", "labels": labels})
+    (row,) = examples([record], tiny.tiny_tokenizer(), max_length=64, config=config)
+    assert np.asarray(row.targets).tolist() == [want]
+
+
 @pytest.mark.parametrize(
     ("fields", "row", "match"),
     [

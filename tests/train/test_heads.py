@@ -14,7 +14,7 @@ from lora_jax.hf import load_peft, save_peft
 from lora_jax.recipes.fitting import with_head
 from lora_jax.train import Example, TrainConfig, evaluate, fit, lora_loss
 from lora_jax.train.batches import loader, once
-from lora_jax.train.goals import goal_of
+from lora_jax.train.goals import GOALS, goal_of
 
 from tests.support.peft_oracle import TENSORS, peft_wrote, randomize
 from tests.support.torch_models import (
@@ -214,6 +214,26 @@ def test_loss_and_slopes_are_pefts(saved, case, tmp_path):
     assert got.keys() == want["slopes"].keys()
     for key, value in want["slopes"].items():
         np.testing.assert_allclose(got[key], value, atol=1e-4, err_msg=key)
+
+
+def test_scores_of_evaluation_data():
+    found = np.eye(3)[[0, 1, 1, 0, 2]]
+    score = GOALS["token-classification"].score
+    assert score is not None
+    # Of A and B three are found, four are there, and two are right.
+    got = score(found, np.array([0, 1, 2, 1, 2]), ("O", "A", "B"))
+    assert got == {"accuracy": 3 / 5, "F1": 2 * 2 / (3 + 4)}
+    score = GOALS[SEVERAL].score
+    assert score is not None
+    logits, wanted = np.array([[0.3, -1], [2, -0.2]]), np.array([[1.0, 0], [1, 1]])
+    assert score(logits, wanted, ("A", "B")) == {"micro-F1": 2 * 2 / (2 + 3)}
+    score = GOALS[ONE].score
+    assert score is not None
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 1))
+    got = score(x, y, ("A",))
+    assert got["MSE"] == pytest.approx(np.square(x - y).mean())
+    assert got["Pearson"] == pytest.approx(np.corrcoef(x[:, 0], y[:, 0])[0, 1])
+    assert np.isnan(score(x, np.ones((9, 1)), ("A",))["Pearson"])
 
 
 @pytest.mark.slow

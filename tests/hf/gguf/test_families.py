@@ -148,6 +148,42 @@ STATED_OF = {
     }
     for family in ("gemma4_text", "llama4_text")
 }  # fmt: skip
+LATER = {"block_count": 5, "nextn_predict_layers": 1, "attention.recurrent_layers": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "want"),
+    [
+        ("gemma4_text", {}, {}),
+        ("gemma4_text", {"feed_forward_length": 64}, {"use_double_wide_mlp": False}),
+        ("llama4_text", {}, {"no_rope_layers": [1, 1, 1, 0], "use_qk_norm": True}),
+        ("llama4_text", {"expert_count": 128}, {"use_qk_norm": False}),
+        ("qwen3_next", {}, {"num_hidden_layers": 3}),
+        (
+            "qwen3_next",
+            LATER,
+            {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]},
+        ),
+        ("deepseek_v2", {}, {"model_type": "deepseek_v2", "topk_method": "greedy"}),
+        ("deepseek_v2", {"expert_group_count": 1}, {"topk_method": "greedy"}),
+        ("deepseek_v2", {"expert_group_count": 2}, {"topk_method": "group_limited_greedy"}),
+        ("glm4_moe_lite", {}, {"model_type": "deepseek_v3"}),
+    ],
+)
+def test_a_file_states_the_fields_of_config_json(family, change, want):
+    facts = {"block_count": 3, "attention.head_count": 4, **STATED_OF.get(family, OWN[family])}
+    facts = {key: value for key, value in {**facts, **change}.items() if value is not None}
+    shapes = {"model.embed_tokens.weight": (64, 32)}
+    if family == "glm4_moe_lite":  # whose older files do not say that it is a sigmoid
+        shapes |= {"model.layers.1.mlp.gate.e_score_correction_bias": (4,)}
+    divisors = np.array(DIVISORS.get(family, []), np.float32)
+    found = GGUF_ARCHITECTURES[ARCHITECTURE_OF[family]].read(Stated(facts, shapes, divisors))
+    # A head of DeepSeek's keys is what rotates of it.
+    known = {k: v for k, v in CASES[family].items() if k != "head_dim" or "v_head_dim" not in found}
+    want = {**known, **want}
+    assert {k: v for k, v in found.items() if k in want} == {k: want[k] for k in found if k in want}
+
+
 BLOCKS = "`attention.sliding_window_pattern` must have a whole number for each of 4 blocks"
 
 
