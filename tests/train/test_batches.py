@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
 from lora_jax.train.batches import _places_of, grid_of, padding_share
-from lora_jax.train.buckets import ladder_of, plan_epoch, plan_once, rung_of, shuffled
+from lora_jax.train.buckets import (
+    ladder_of,
+    plan_epoch,
+    plan_once,
+    rung_of,
+    shuffled,
+    widths_of,
+)
 from lora_jax.train.examples import data_hash
 from lora_jax.train.packing import choose
 
@@ -243,6 +250,15 @@ def test_hash_sees_tokens_mask_and_order():
     changed = [data[0]._replace(learned=~data[0].learned), *data[1:]]
     hashes = {data_hash(d) for d in (data, data[::-1], data[:4], changed)}
     assert len(hashes) == 4 and data_hash(list(data)) == data_hash(data)
+
+
+def test_both_parts_of_a_pair_have_room_in_its_rung():
+    # The first example fills its rung; the third is in a higher one.
+    assert widths_of([(12, 4), (3, 9), (20, 2)], (16, 24)) == {16: (16, 16), 24: (24, 16)}
+
+
+def test_every_device_has_as_many_tokens_of_a_row():
+    assert all(rung % 24 == 0 for rung in ladder_of(None, [5, 30, 40], rows=2, spans=3))
 
 
 def test_the_grid_of_a_pair_of_texts_counts_both():

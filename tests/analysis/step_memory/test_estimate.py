@@ -454,6 +454,10 @@ def test_the_fastest_that_fits_is_chosen(monkeypatch):
     assert chosen(5, **eight, mesh={"fsdp": 4}) == (8, 1, "full")
     # A policy stays.
     assert chosen(8, **eight, remat="dots_saveable") == (2, 4, "dots_saveable")
+    offloaded = dict(eight, remat="projections", offload=True)
+    assert chosen(80, **offloaded) == (8, 1, "projections")
+    # A CPU computes again faster than it stores and reads.
+    assert chosen(80, **eight, backend="reference") == (8, 1, "projections")
     tried.clear()
     chosen(5, **eight)
     assert (8, "none") not in tried and len(tried) == len(set(tried)) <= 5
