@@ -207,6 +207,13 @@ def test_windows_have_whole_answers_or_none_behind_any_question():
         spans = [(each.tokens.tolist(), *np.asarray(each.targets)[0]) for each in windows]
         found = {tokenizer.decode(tokens[a : b + 1]).strip() for tokens, a, b in spans if b}
         assert found == ({answer} if more > 8 else set())
+    # At characters that the question has too.
+    early = {**row, "answers": {"text": ["Anna"], "answer_start": [0]}}
+    (whole,) = examples(
+        [record_of(early)], tokenizer, max_length=200, config=of("question-answering")
+    )
+    first, last = np.asarray(whole.targets)[0]
+    assert tokenizer.decode(whole.tokens[first : last + 1].tolist()).strip() == "Anna"
 
 
 @pytest.mark.parametrize(

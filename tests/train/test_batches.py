@@ -164,6 +164,13 @@ def test_places_are_what_the_planned_epochs_need():
         iterate(layout, 22)
 
 
+def test_evaluation_has_room_for_what_no_epoch_puts_together():
+    data = [example(20, i, learned=learned) for i, learned in enumerate((9, 9, 1, 1))]
+    for seed in range(8):
+        first, second = once(loader(data, batch_size=2, buckets=1, seed=seed))
+        assert (first.weights.sum(), second.weights.sum()) == (18, 2)
+
+
 def test_few_places_where_little_is_learned_and_all_where_it_does_not_pay():
     short = loader([example(60, i, learned=3) for i in range(9)], batch_size=4)
     assert short.places == {64: (16,)}

@@ -109,7 +109,9 @@ def test_adapters_of_gate_and_up_apart_are_one_of_both_ranks():
         FactorPair(draw.normal(size=(4, r, 8)), draw.normal(size=(4, 6, r)), alpha)
         for r, alpha in ((2, 3.0), (3, 5.0))
     )
-    for given in ({"gate_proj": gate, "up_proj": up}, {"gate_proj": gate}, {"up_proj": up}):
+    alike = gate._replace(b=draw.normal(size=(4, 6, 2)), alpha=5.0)  # but for its scale
+    both = [{"gate_proj": gate, "up_proj": x} for x in (up, alike)]
+    for given in (*both, {"gate_proj": gate}, {"up_proj": up}):
         pair = together({f"mlp.experts.{name}": x for name, x in given.items()})[
             "mlp.experts.gate_up_proj"
         ]

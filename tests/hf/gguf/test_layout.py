@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
-from lora_jax.hf.gguf.layout import DeltaHeads
+from lora_jax.hf.gguf.layout import DeltaHeads, row_order
 from lora_jax.hf.gguf.lora_read import read_gguf_lora
 from lora_jax.hf.gguf.lora_write import Content, to_gguf, write_gguf_lora
 from lora_jax.hf.gguf.names import Base
@@ -21,6 +21,7 @@ from tests.support.gguf_families import apart, exported, write
 from tests.support.gguf_files import adapted, config_with, writing
 
 HEADS = DeltaHeads(2, 4, 32, 64)
+FIELDS = dict(key_heads=2, value_heads=4, key_dim=32, value_dim=64)
 Q4_K, Q5_K, Q6_K = (GGMLQuantizationType[name] for name in ("Q4_K", "Q5_K", "Q6_K"))
 
 
@@ -69,8 +70,7 @@ def test_two_tensors_are_held_as_one_where_one_type_has_both(gate, tmp_path):
         held = weights.blocks(name, each).dequantize()
         np.testing.assert_array_equal(held, weights.read(name, each))
     # The file's own numbers in Hugging Face's order, taken apart again.
-    fields = dict(key_heads=2, value_heads=4, key_dim=32, value_dim=64)
-    config = SimpleNamespace(delta=SimpleNamespace(**fields))
+    config = SimpleNamespace(delta=SimpleNamespace(**FIELDS))
     parts = apart(name, weights.read(name), config, "qwen3next").values()
     file = open_gguf(tmp_path / "m.gguf")
     for got, theirs in zip(parts, file.tensors, strict=True):
@@ -91,6 +91,31 @@ def test_inputs_in_the_order_of_llama_cpp_are_held(tmp_path):
     )
     with pytest.raises(ValueError, match="ssm_out.weight has its inputs in llama.cpp's order"):
         weights.blocks(name, (slice(0, 8), slice(0, 128)))
+
+
+@pytest.mark.parametrize(("module", "rows"), [("qkv", 384), ("z", 256), ("b", 4)])
+def test_rows_are_in_the_order_of_the_converter(module, rows):
+    name = f"model.layers.0.linear_attn.in_proj_{module}"
+    numbers = np.arange(rows)[:, None]
+    config = SimpleNamespace(delta=SimpleNamespace(**FIELDS))
+    (want,) = apart(f"{name}.weight", numbers, config, "qwen35").values()
+    order = row_order("qwen35", name, rows, heads=4, kv_heads=2, delta=HEADS)
+    np.testing.assert_array_equal(order, want[:, 0])
+
+
+def test_norms_of_delta_nets_are_as_they_are_and_further_blocks_are_left_out(tmp_path):
+    raw = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    with writing(tmp_path / "m.gguf", "qwen35") as writer:
+        writer.add_block_count(2)
+        writer.add_uint32("qwen35.nextn_predict_layers", 1)
+        writer.add_head_count(4)
+        for name in ("0.ssm_norm", "0.attn_norm", "1.attn_norm"):
+            writer.add_tensor(f"blk.{name}.weight", raw)
+    weights, start = weights_of(open_gguf(tmp_path / "m.gguf")), "model.layers.0."
+    norms = f"{start}linear_attn.norm.weight", f"{start}input_layernorm.weight"
+    assert set(weights.shapes) == set(norms)
+    for name, added in zip(norms, (0, 1), strict=True):
+        np.testing.assert_array_equal(weights.read(name), raw - np.float32(added))
 
 
 @pytest.mark.parametrize(
