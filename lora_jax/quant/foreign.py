@@ -278,7 +278,7 @@ def beside(parts: Sequence[QuantArray], name: str) -> QuantArray:
     outputs = units(first)[1]
     apart = first.scale_map is None and first.roles[-1] == "o"
     orders = [q.order for q in parts if q.order is not None]
-    apart &= len(orders) in (0, len(parts)) and all(np.array_equal(orders[0], x) for x in orders)
+    apart &= all(np.array_equal(orders[0], x) for x in orders)
     kinds = {
         (q.format, q.block, jax.tree.structure(dataclasses.replace(q, shape=()))) for q in parts
     }

@@ -224,6 +224,7 @@ def test_the_context_is_stretched_where_scaling_stretches_it():
     assert read().context == 64
     assert read(rope_scaling={"rope_type": "dynamic", "factor": 2.0}).context == 128
     assert read(rope_scaling=LLAMA3).context == 64
+    assert read(rope_scaling={"rope_type": "yarn", "factor": 2.0}).context == 64
 
 
 REFUSED = {

@@ -22,6 +22,10 @@ def uses(fn, *shapes, x=(2, 5, 8), ids=None):
 IDS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 
 
+def over(x, ws):
+    return lax.scan(lambda c, w: (c @ w, None), x, ws)[0]
+
+
 @pytest.mark.parametrize(
     ("fn", "shape", "want"),
     [
@@ -33,6 +37,8 @@ IDS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
         (lambda p, x: x @ p[0][:, jnp.argmax(x) % 3], (8, 3, 6), ("contract", {0}, {1})),
         (lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, p[0])[0], (3, 8, 8),
          ("contract", {1}, {0})),
+        (lambda p, x: lax.scan(lambda c, ws: (over(c, ws), None), x, p[0])[0], (3, 2, 8, 8),
+         ("contract", {2}, {0, 1})),
         (lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, jnp.moveaxis(p[0], 1, 0))[0],
          (8, 3, 8), ("contract", {0}, {1})),
         (lambda p, x: jax.vmap(lambda w, x: x @ w)(p[0], x), (2, 8, 6), ("contract", {1}, {0})),

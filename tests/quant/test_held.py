@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax import quant
 from lora_jax.quant import dispatch
 from lora_jax.quant.array import abstract, coded
+from lora_jax.quant.foreign import beside
 from lora_jax.quant.formats import decode
 from lora_jax.quant.gguf import GGUF_KINDS
 from lora_jax.quant.kernels import gpu, tpu
@@ -165,3 +166,30 @@ def test_scales_that_are_powers_of_two_have_the_lowest_one():
     scale, _ = HELD[name].floats(jnp.array([[0, 1, 127, 254]], jnp.uint8), None, None, 1, 4)
     want = np.array([[2**-127, 2**-126, 1, 2.0**127]], np.float32)
     np.testing.assert_array_equal(np.asarray(scale).view(np.uint32), want.view(np.uint32))
+
+
+def test_weights_side_by_side_keep_their_numbers_or_are_refused():
+    rng = np.random.default_rng(0)
+
+    def squares(outputs):
+        codes = rng.integers(0, 120, (256, outputs)).astype(np.uint8)
+        scale = rng.random((2, -(-outputs // 128))).astype(np.float32)
+        return quant.from_codes(codes, scale, format="fp8_block", block_size=128)
+
+    def ordered(order):
+        w = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+        q = quant.quantize_array(w, format="int4", block_size=16)
+        return dataclasses.replace(q, order=None if order is None else jnp.asarray(order))
+
+    turned = np.arange(32)[::-1]
+    for parts in ((squares(128), squares(100)), (ordered(turned), ordered(turned))):
+        want = np.concatenate([q.dequantize() for q in parts], axis=-1)
+        np.testing.assert_array_equal(beside(parts, "w").dequantize(), want)
+    one = ordered(turned)
+    for parts in (
+        (squares(100), squares(128)),
+        (one, ordered(np.arange(32))),
+        (one, ordered(None)),
+    ):
+        with pytest.raises(ValueError, match="`w` are one weight here, and their blocks cannot be"):
+            beside(parts, "w")

@@ -70,6 +70,7 @@ BROKEN = {
     "groups": ("gptq_ordered", lambda t: t["g_idx"].fill_(0), "does not name 6 groups"),
     "grid": ("fp8_squares", lambda t: t.update(weight_scale_inv=torch.ones(3, 3)), "has shape"),
     "nan": ("fp8_squares", lambda t: t["weight"].view(torch.uint8).fill_(127), "holds NaN"),
+    "nan scale": ("nvfp4", lambda t: t["weight_scale"].view(torch.uint8).fill_(127), "holds NaN"),
     "scales": ("awq", lambda t: t["scales"].fill_(float("inf")), "scales hold NaN or infinity"),
     "alone": ("fp8_channel", lambda t: t.pop("weight_scale"), "no scales are beside it"),
 }  # fmt: skip
