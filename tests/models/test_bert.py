@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.bert_config import BertConfig
-from lora_jax.models.deberta import distance_rows
+from lora_jax.models.bert_parts import Build
+from lora_jax.models.deberta import Convolution, distance_rows
 from lora_jax.models.deberta_config import Deberta
 from lora_jax.models.saving import save_model
 
@@ -317,6 +319,18 @@ def test_distances_share_rows_as_in_transformers():
     want = oracle(f"{PLACE}/rows of distances", theirs)
     found = distance_rows(600, Deberta(distances=512, buckets=256))
     np.testing.assert_array_equal(found, np.clip(want + 256, 0, 511))
+
+
+def test_debertas_convolution_is_of_real_tokens_and_in_the_first_block_alone():
+    raw = {**DEBERTA, "model_type": "deberta-v2", "conv_kernel_size": 3}
+    config = BertConfig.from_hf(raw, task="features")
+    conv = Convolution(Build(config, jnp.float32, jnp.float32, nnx.Rngs(0)))
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 6, config.hidden_size))
+    run = conv.after(x, jnp.arange(6)[None] < 4)
+    np.testing.assert_array_equal(run(y, jnp.int32(1)), y)
+    alone = conv.after(x[:, :4], None)(y[:, :4], jnp.int32(0))
+    np.testing.assert_allclose(run(y, jnp.int32(0))[:, :4], alone, atol=1e-6)
+    assert np.abs(alone - y[:, :4]).max() > 0.1
 
 
 @pytest.mark.slow
