@@ -58,8 +58,10 @@ def assert_close(got, want, tolerance=2e-5):
 
 def test_cat_is_the_sum_whatever_ranks_alphas_targets_and_scalings():
     adapters = [
-        make(1), make(2, rank=5, alpha=16, use_rslora=True), make(3, target_modules=("up",)),
-    ]  # fmt: skip
+        make(1, alpha_pattern={"layers.1.down": 20}),
+        make(2, rank=5, alpha=16, use_rslora=True),
+        make(3, target_modules=("up",)),
+    ]
     weights = [0.7, -0.3, 1.5]
     both = multi.add_weighted_adapter(adapters, weights)
     assert multi.common_rank(both) == 11
