@@ -172,6 +172,13 @@ def test_all_linear_is_written_as_full_names_where_ends_would_mean_more():
     )
 
 
+def test_targets_of_some_layers_have_one_name_where_the_others_are_excluded():
+    excluded = ("layers.0.self_attn.q_proj",)
+    config = LoraConfig(rank=2, target_modules=("q_proj",), exclude_modules=excluded)
+    index = make_index(leaves_by_path(planted(random_params(), config)), config)
+    assert index.adapted and named_targets(index) == ["q_proj"]
+
+
 def test_layers_without_an_adapter_stay_zero(tree):
     config = LoraConfig(rank=4, alpha=6, target_modules=("q_proj",), layers_to_transform=1)
     blank = planted(random_params(), config)
@@ -378,13 +385,15 @@ def test_kernels_of_any_layout_are_written_alike():
 
 
 def test_parameters_whose_order_nobody_knows():
-    leaf = LoraArray(np.zeros((3, 4, 4), "f4"), np.ones((3, 4, 2), "f4"), np.ones((3, 2, 4), "f4"),
-                     np.full(3, 8, "f4"), roles="soi")  # fmt: skip
-    config = LoraConfig(rank=2, target_modules=(), target_parameters=("theta", "phi"))
-    with pytest.raises(
-        ValueError, match="`moe.phi`, `moe.theta` by the order in which its model r"
-    ):
-        to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
+    leaf, other = (
+        LoraArray(np.zeros((3, n, 4), "f4"), np.ones((3, 4, 2), "f4"), np.ones((3, 2, n), "f4"),
+                  np.full(3, 8, "f4"), roles="soi") for n in (4, 6)
+    )  # fmt: skip
+    config = LoraConfig(rank=2, target_modules=(), target_parameters=("theta", "phi", "xi"))
+    for more in ({}, {"xi": other}):
+        names = "`moe.phi`, `moe.theta`" + ", `moe.xi`" * len(more)
+        with pytest.raises(ValueError, match=f"{names} by the order in which its model r"):
+            to_peft({"moe": {"theta": leaf, "phi": leaf, **more}}, config)
     assert len(to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
 
 
