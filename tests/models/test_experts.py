@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
@@ -27,6 +28,7 @@ from lora_jax.models.experts import (
     load_of,
     over_experts,
 )
+from lora_jax.models.latent import LatentAttention
 from lora_jax.models.layers import RMSNorm, groups_of
 from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
@@ -385,6 +387,25 @@ def test_layers_that_predict_further_tokens_are_not_loaded(saved, tmp_path):
     )
     with pytest.raises(ValueError, match=r"1 not part of the model: `model.layers.3.eh_proj"):
         models.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_latent_heads_begin_with_what_is_rotated_and_values_are_as_wide(interleaved):
+    raw = {**CASES["deepseek_v3 with plain queries"], "v_head_dim": 6}
+    config = config_from_hf({**raw, "rope_interleave": interleaved})
+    net = LatentAttention(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    x, heads = jax.random.normal(jax.random.key(0), (1, 3, config.hidden_size)), []
+
+    def attend(q, k, v, *, stored, block):
+        heads.extend((k, v))
+        return v, stored
+
+    net(x, attend, None, jnp.int32(0))
+    k, v = heads
+    assert k.shape == v.shape and not v[..., 6:].any() and v[..., :6].all()
+    turned = net.kv_a_proj_with_mqa(x)[..., 16:][..., [0, 2, 1, 3] if interleaved else slice(None)]
+    for head in range(4):
+        np.testing.assert_allclose(k[:, :, head, :4], turned, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "helium", "llama"])
