@@ -124,4 +124,12 @@ FAULTS = [
         "tests/multi/test_weighted.py",
         ("int(options.density * changes[0].size)", "round(options.density * changes[0].size)"),
     ),
+    *in_file(
+        "multi/weighted.py",
+        "tests/multi/test_weighted.py",
+        ("x.scale[..., None, None]", "x.scale.reshape(-1)[0]"),
+        ("options.within(2 * i + part)", "options.within(i + part)"),
+        ("merge(changes, weights, options.within(index))", "merge(changes, weights, options)"),
+        ("int(options.density * changes[0].size)", "int(options.density * changes.size)"),
+    ),
 ]  # fmt: skip

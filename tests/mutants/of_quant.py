@@ -126,4 +126,17 @@ FAULTS = [
         "tests/hf/checkpoint/test_bnb.py",
         ("np.where(number < count / 2,", "np.where(number < count,"),
     ),
+    *in_file(
+        "quant/foreign.py",
+        "tests/quant/test_held.py",
+        ("all(np.array_equal(orders[0], x) for x in orders)", "True"),
+        ("any(q.shape[-1] % outputs for q in parts[:-1])", "False"),
+    ),
+    *in_file(
+        "quant/scales.py",
+        "tests/quant/test_held.py",
+        ("4 * (j % 2) & 15", "4 * (1 - j % 2) & 15"),
+        ("jnp.repeat(scale2.astype(jnp.float32), each, axis=-2)",
+         "jnp.repeat(scale2.astype(jnp.bfloat16), each, axis=-2)"),
+    ),
 ]  # fmt: skip

@@ -204,4 +204,17 @@ FAULTS = [
          "[*range(first), *(first + d for d in row.order)]"),
         ("(first + d for d in row.order)", "(first + d for d in sorted(row.order))"),
     ),
+    *in_file(
+        "compat.py",
+        "tests/train/test_mesh.py",
+        ("for d in devices) < 2 or", "for d in devices) < 3 or"),
+    ),
+    *in_file(
+        "analysis/step_memory/fit.py",
+        "tests/analysis/step_memory/test_estimate.py",
+        ('work = _WORK_CPU if settings.backend == "reference" else _WORK', "work = _WORK"),
+        ("settings.remat in _WORK and not settings.offload", "settings.remat in _WORK"),
+        ("range(parts, rows + 1, parts)", "range(parts, rows, parts)"),
+        ("-(-settings.batch // rows) * rows", "settings.batch // rows * rows"),
+    ),
 ]  # fmt: skip

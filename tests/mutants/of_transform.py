@@ -243,4 +243,14 @@ FAULTS = [
         "tests/transform/test_low_rank.py",
         ('else next((role for role in "io" if role not in v.roles), "s")', 'else "i"'),
     ),
+    *in_file(
+        "transform/eager.py",
+        "tests/transform/test_eager.py",
+        ("_programs.pop(key, None)", "_programs.get(key)"),
+    ),
+    *in_file(
+        "plan/usage.py",
+        "tests/plan/test_usage.py",
+        ("picked=t.picked | whole(t.dims, [0])", "picked=whole(t.dims, [0])"),
+    ),
 ]  # fmt: skip
