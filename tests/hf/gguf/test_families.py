@@ -1,6 +1,7 @@
 """GGUF bases of many families, written under the gguf package's names as the converter does."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,8 @@ def test_an_adapter_of_each_expert_is_one_of_all():
             start = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
             tensors[f"{start}.lora_A.weight"] = draw.normal(size=(2, fan_in))
             tensors[f"{start}.lora_B.weight"] = draw.normal(size=(fan_out, 2))
-    alpha, found = to_gguf(tensors, config_with(target_modules=("w1", "w2", "w3"), rank=2), base)
+    config = config_with(target_modules=("w1", "w2", "w3"), rank=2)
+    alpha, found, _ = to_gguf(tensors, config, base)
     for key, want in tensors.items():
         if key.endswith("lora_A.weight"):
             expert, name = key.split(".")[-4:-2]
@@ -173,7 +175,8 @@ LATER = {"block_count": 5, "nextn_predict_layers": 1, "attention.recurrent_layer
     ],
 )
 def test_a_file_states_the_fields_of_config_json(family, change, want):
-    facts = {"block_count": 3, "attention.head_count": 4, **STATED_OF.get(family, OWN[family])}
+    own: Any = STATED_OF.get(family, OWN[family])
+    facts = {"block_count": 3, "attention.head_count": 4, **own}
     facts = {key: value for key, value in {**facts, **change}.items() if value is not None}
     shapes = {"model.embed_tokens.weight": (64, 32)}
     if family == "glm4_moe_lite":  # whose older files do not say that it is a sigmoid
