@@ -121,11 +121,11 @@ def load_gguf_lora(
 
 
 def _base_name(metadata: Mapping[str, Any]) -> str | None:
-    """The base by its hub id, or by its name, whose words llama.cpp's converter parts."""
+    """The base by its hub id, or by its name as it is there, in words, which is no hub id."""
     url, name = (metadata.get(f"general.base_model.0.{key}") for key in ("repo_url", "name"))
     if isinstance(url, str) and url.startswith(HUB):
         return url.removeprefix(HUB).rstrip("/")
-    return name.replace(" ", "-") if isinstance(name, str) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:

@@ -262,7 +262,7 @@ def _write(path: Path, content: Content, base: Base, *, dtype: str, name: str | 
         writer.add_name(name)
     if base_name := content.base_name:
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, PurePath(base_name).name)
+        writer.add_base_model_name(0, PurePath(base_name).name.replace("-", " "))
         if is_hub_id(base_name):
             writer.add_base_model_repo_url(0, f"{HUB}{base_name}")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

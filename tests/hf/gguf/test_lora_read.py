@@ -50,8 +50,8 @@ def test_a_modules_last_name_is_a_target_only_where_no_other_has_it(tmp_path):
 _HUB = "https://huggingface.co"
 BASES = {
     "a hub id": ({"repo_url": f"{_HUB}/org/tiny-1b"}, "org/tiny-1b"),
-    "by its name": ({"name": "Tiny 1b", "organization": "Org"}, "Tiny-1b"),
-    "elsewhere": ({"repo_url": "https://example.org/x", "name": "Tiny 1b"}, "Tiny-1b"),
+    "by its name": ({"name": "Tiny 1b", "organization": "Org"}, "Tiny 1b"),
+    "elsewhere": ({"repo_url": "https://example.org/x", "name": "Tiny 1b"}, "Tiny 1b"),
     "without": ({}, None),
 }
 
@@ -72,7 +72,7 @@ def test_the_base_that_is_written_is_read_again(tmp_path, tied):
     tree, config = load_gguf_lora(
         write_lora(tmp_path / "a.gguf", pair()), tied.apply, tied.params, TOKENS, base=BASE
     )
-    for name, read in ("org/tiny-1b", "org/tiny-1b"), (tmp_path / "tiny-1b", "tiny-1b"):
+    for name, read in ("org/tiny-1b", "org/tiny-1b"), (tmp_path / "tiny-1b", "tiny 1b"):
         save_gguf_lora(tmp_path / "b.gguf", tree, config, base=BASE, base_model_name=name)
         again, _ = read_gguf_lora(tmp_path / "b.gguf", base=BASE)
         assert again.extra["base_model_name_or_path"] == read
