@@ -8,6 +8,7 @@ split, combine                the half that trains and the frozen one
 masked, trainable_mask        the whole tree in an optimizer
 grad, value_and_grad          gradients of what trains, of the whole tree
 merge, unmerge, delta         plain parameters, and back
+rebase                        a start that changed the base, taken back
 quantize, dequantize, quant   a base in 4 or 8 bits
 stack, select, replace        many adapters of one base
 sharding                      trees over a mesh of devices
@@ -34,6 +35,7 @@ from lora_jax.compat import VERSION as __version__  # noqa: F401
 from lora_jax.config.lora import LoraConfig as LoraConfig
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
+from lora_jax.methods.rebase import rebase as rebase
 from lora_jax.multi.single import replace as replace
 from lora_jax.multi.stack import stack as stack
 from lora_jax.optim import grad as grad
@@ -108,6 +110,7 @@ __all__ = [
     "plan",
     "quant",
     "quantize",
+    "rebase",
     "recipes",
     "replace",
     "select",

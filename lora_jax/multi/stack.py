@@ -182,8 +182,8 @@ def check_same_base(name: str, bases: Sequence) -> None:
         if not same:
             raise ValueError(
                 f"`{name}`: the bases of adapter 0 and of adapter {number} differ; adapters can be "
-                "stacked on one base only (a start that changes the base, such as PiSSA, makes a "
-                "base of its own: convert the adapter to a plain LoRA first)"
+                "stacked on one base only; of one whose start changed the base, such as PiSSA, "
+                "`lora.rebase` makes a plain adapter"
             )
 
 

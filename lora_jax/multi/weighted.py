@@ -247,10 +247,10 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
     )
     first = jnp.matmul(qa, u, precision=_HIGHEST)
     second = jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=_HIGHEST)
-    return _leaf(parts[0][1], *_shared(first, s, second, _rank(parts, options)))
+    return _leaf(parts[0][1], *truncated(first, s, second, _rank(parts, options)))
 
 
-def _shared(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
+def truncated(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """The factors of the largest `rank` singular values; zeros where there are fewer."""
     # Each factor gets the root of a singular value, so that neither is much larger than the other.
     root = jnp.sqrt(s[..., :rank])
@@ -319,7 +319,7 @@ def _thinned(merge: Callable) -> Callable:
             )
             whole = merge(changes, weights, options.within(index))
             u, s, vt = jnp.linalg.svd(whole, full_matrices=False)
-            matrices.append(_shared(u, s, vt, rank))
+            matrices.append(truncated(u, s, vt, rank))
         a, b = (jnp.stack([m[i] for m in matrices]) for i in (0, 1))
         return _leaf(like, a.reshape(*stack, fan_in, rank), b.reshape(*stack, rank, fan_out))
 

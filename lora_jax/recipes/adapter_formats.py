@@ -73,6 +73,7 @@ class AdapterFormat(NamedTuple):
       has_dtype: `dtype` is that of the numbers it writes; other formats keep the adapter's own.
       holds: what it holds, for messages.
       replaces: an output that exists already may be replaced.
+      repeats: its readers repeat a start that changed the base.
     """
 
     summary: str
@@ -86,6 +87,7 @@ class AdapterFormat(NamedTuple):
     has_dtype: bool = False
     holds: str = "adapter"
     replaces: bool = True
+    repeats: bool = False
 
 
 # PEFT, and vLLM's kind of it ---------------------------------------------------------------------
@@ -347,6 +349,7 @@ ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {
         check=_check_peft,
         load=_load_peft,
         read=_read_peft,
+        repeats=True,
     ),
     "vllm": AdapterFormat(
         summary="the same, with one rank and one alpha, as vLLM serves it",
@@ -380,6 +383,7 @@ ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {
         has_dtype=True,
         holds="merged model",
         replaces=False,
+        repeats=True,
     ),
     "orbax": AdapterFormat(
         summary="a folder for lora_jax.checkpoint.restore, with the base's fingerprint",
@@ -388,5 +392,6 @@ ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {
         load=_load_orbax,
         read=_read_orbax,
         is_at=_is_orbax,
+        repeats=True,
     ),
 }

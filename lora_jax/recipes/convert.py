@@ -10,6 +10,7 @@ from lora_jax.config.arguments import SettingsError, check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.hf.hub import snapshot
+from lora_jax.methods.rebase import rebase
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
 
 # The formats that can be written without loading the model.
@@ -103,6 +104,9 @@ def save_adapter(
       OSError: it cannot be written.
     """
     _check_target(to, ADAPTER_FORMATS, dtype)
+    # LoftQ's base is the quantized one; the writer says what to do.
+    if not ADAPTER_FORMATS[to].repeats and config.init != "loftq":
+        lora_params, config = rebase(lora_params, model.params, config)
     adapter = OnModel(model, lora_params, config)
     ADAPTER_FORMATS[to].save(adapter, output, base_model_name=base_model_name, dtype=dtype)
 

@@ -204,6 +204,21 @@ def test_the_report_of_an_adapter(folder, trained, name):
     assert re.search(r"^  problems +none$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("to", ["vllm", "mlx", "gguf"])
+def test_a_start_that_changed_the_base_is_exported_as_a_plain_adapter(model, tmp_path, to):
+    config = dataclasses.replace(CONFIG, init="pissa")
+    tree = adapted(model, config)
+    convert.save_adapter(model, tree, config, tmp_path / f"a.{to}", to=to)
+    back, found = convert.load_adapter(model, tmp_path / f"a.{to}", lambda c: plan_model(model, c))
+    assert found.init == "default"
+    tokens = jnp.array([[1, 2, 3, 4]])
+    want = lora.lorafy(model.apply)(tree, tokens)
+    assert float(jnp.abs(want - model.apply(model.params, tokens)).max()) > 0.01
+    got = lora.lorafy(model.apply)(back, tokens)
+    # Factors of decompositions in float32.
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_a_run_and_its_export_have_equal_reports(model, tmp_path, settings):
     config = config_with(modules_to_save=("lm_head",), **settings)

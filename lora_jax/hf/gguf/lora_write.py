@@ -163,7 +163,10 @@ def _check_plain(config: LoraConfig) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
-        (base_change(config.init) == "repeatable", f'a changed base weight (init="{config.init}")'),
+        (
+            base_change(config.init) == "repeatable",
+            f'a changed base weight (init="{config.init}"; see `lora.rebase`)',
+        ),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
     ):
         if on:

@@ -190,7 +190,10 @@ def _check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str)
         (config.trainable_token_indices, "trained rows (trainable_token_indices)"),
         (config.target_parameters and reader == "MLX", "adapted parameters (target_parameters)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
-        (base_change(config.init) == "repeatable", f'a changed base weight (init="{config.init}")'),
+        (
+            base_change(config.init) == "repeatable",
+            f'a changed base weight (init="{config.init}"; see `lora.rebase`)',
+        ),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
     ):
         if on:

@@ -308,7 +308,7 @@ def test_another_base_embedding_in_the_file_is_an_error():
         ({"use_dora": True}, r"DoRA \(use_dora=True\)"),
         ({"bias": "all"}, 'trained biases \\(bias="all"\\)'),
         ({"modules_to_save": ("lm_head",)}, r"whole saved modules \(lm_head\)"),
-        ({"init": "pissa"}, r'a changed base weight \(init="pissa"\)'),
+        ({"init": "pissa"}, r'a changed base weight \(init="pissa"; see `lora.rebase`\)'),
     ],
 )
 def test_vllm_refuses(fields, what, tmp_path):
