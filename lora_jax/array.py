@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lora_jax import paths
 from lora_jax.config.arguments import check_tree
-from lora_jax.dims import b_dims, from_matrix, sizes
+from lora_jax.dims import b_dims, check_factors, from_matrix, sizes
 from lora_jax.leaf_class import leaf_class, register_with_flax
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.ops import take
@@ -369,6 +369,8 @@ def check_whole(lora_params: PyTree) -> None:
                 f"`lora_params` has no {part}{f' at `{path}`' if path else ''}: pass the whole "
                 "tree, `lora.combine(trainable, frozen)`"
             )
+        if type(x) is LoraArray:
+            check_factors(path or "lora_params", x)
 
 
 def check_plain(params: PyTree, also: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,28 @@ def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple,
     a = [*stack, *(shape[d] for d in in_dims(roles)), rank]
     b = [*stack, rank, *(shape[d] for d in out_dims(roles))]
     return tuple(a), tuple(b)
+
+
+def check_factors(name: str, leaf: Any) -> None:
+    """Checks the factors and the scale of a `LoraArray`, which may have been made by hand.
+
+    Raises:
+      TypeError: one of them is no array.
+      ValueError: one has another shape.
+    """
+    parts = {"a": leaf.a, "b": leaf.b, "scale": leaf.scale}
+    for part, value in parts.items():
+        if not hasattr(value, "shape"):
+            raise TypeError(f"`{name}`: `{part}` must be an array, got {value!r}")
+    rank = leaf.a.shape[-1] if leaf.a.ndim else 0
+    a, b = factor_shapes(leaf.shape, leaf.roles, rank)
+    stack = tuple(leaf.shape[d] for d in stack_dims(leaf.roles))
+    for (part, value), wanted in zip(parts.items(), (a, b, stack), strict=True):
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"`{name}`: `{part}` has shape {tuple(value.shape)}, expected {wanted} for a "
+                f"weight of shape {tuple(leaf.shape)}, roles {leaf.roles} and rank {rank}"
+            )
 
 
 def to_matrix(w: AnyArray, roles: str) -> Array:
