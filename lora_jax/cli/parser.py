@@ -14,9 +14,7 @@ from lora_jax.cli.flags import fault_of
 from lora_jax.recipes.settings import Dtype, Quantization
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
-ADAPTER = (
-    "a PEFT directory, a GGUF LoRA file, the folder of a run, or one of lora_jax.checkpoint.save"
-)
+ADAPTER = "a PEFT or MLX directory, a GGUF file, or the folder of a run or of checkpoint.save"
 _NUMBERS = typing.get_args(Dtype)
 
 
@@ -253,9 +251,9 @@ def _import(command: Callable) -> None:
     parser = command(
         commands.export,
         """\
-Loads an adapter of PEFT or llama.cpp onto its model and writes it as a folder
-that lora_jax.checkpoint.restore reads: with its config, its plan and the base's
-fingerprint.
+Loads an adapter of PEFT, MLX or llama.cpp onto its model and writes it as a
+folder that lora_jax.checkpoint.restore reads: with its config, its plan and the
+base's fingerprint.
 
 example:
   lora-jax import smollm2 owner/adapter outputs/imported""",
@@ -392,8 +390,11 @@ COMMANDS = {
     "sweep": ("find the smallest rank that matches full fine-tuning", _sweep),
     "generate": ("answer prompts, or classify texts, with or without an adapter", _generate),
     "merge": ("merge an adapter into its model and write the model", _merge),
-    "export": ("write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model", _export),
-    "import": ("import an adapter of PEFT or llama.cpp", _import),
+    "export": (
+        "write an adapter for PEFT, vLLM, MLX, llama.cpp or Orbax, or the merged model",
+        _export,
+    ),
+    "import": ("import an adapter of PEFT, MLX or llama.cpp", _import),
     "convert": ("convert an adapter to another format without its model", _convert),
     "push": ("upload an adapter or a merged model to the Hugging Face hub", _push),
     "inspect": ("print the contents of a model, an adapter or a checkpoint", _inspect),
