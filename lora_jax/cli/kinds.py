@@ -56,7 +56,9 @@ def spelled_kind(kind: Any) -> str:
     words = []
     for one in all_kinds(kind):
         if is_mapping(one):
-            words.append("NAME=VALUE pairs")
+            value = typing.get_args(one)[1]
+            each = "" if value is str else f" whose VALUE is {spelled_kind(value)}"
+            words.append(f"NAME=VALUE pairs{each}")
         elif is_choice(one):
             words.append(f"one of {', '.join(typing.get_args(one))}")
         elif is_list(one):

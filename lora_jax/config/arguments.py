@@ -159,11 +159,16 @@ def check_alone(call: str, misplaced: Sequence) -> None:
         )
 
 
-def check_key(name: str, key: Any) -> None:
+def check_key(name: str, key: Any, *, rows: bool = False) -> None:
     """Checks that a value is a PRNG key, or the uint32 data of one.
 
+    Args:
+      name: of the argument.
+      key: its value.
+      rows: whether it may be an array of keys, one for each row.
+
     Raises:
-      TypeError: it is something else, such as a seed.
+      TypeError: it is something else, such as a seed, or an array of keys.
     """
     # Flax's streams of keys (`nnx.Rngs`) have a `dtype` that is none.
     array = isinstance(key, jax.Array | np.ndarray)
@@ -171,6 +176,11 @@ def check_key(name: str, key: Any) -> None:
     if not typed and not (array and key.dtype == jnp.uint32 and key.ndim):
         raise TypeError(
             f"`{name}` must be a PRNG key, got {kind_of(key)}: `jax.random.key(0)` makes one"
+        )
+    if not rows and key.ndim > (0 if typed else 1):
+        keys = key.shape if typed else key.shape[:-1]
+        raise TypeError(
+            f"`{name}` must be one PRNG key, got keys of shape {keys}: take one of them"
         )
 
 

@@ -153,12 +153,14 @@ class Match(NamedTuple):
     Attributes:
       targeted: it is to be adapted; every leaf that is not excluded, for "all-linear".
       other_layer: it would be targeted, but `layers_to_transform` leaves its layer out.
+      excluded: by `exclude_modules`.
       saved: it trains whole.
       rank, alpha, scale: of its adapter.
     """
 
     targeted: bool
     other_layer: bool
+    excluded: bool
     saved: bool
     rank: int
     alpha: float
@@ -178,7 +180,8 @@ def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str])
     by_parameter = names_parameter(config, parameter)
     targeted = by_parameter
     other_layer = False
-    if not by_parameter and not any(is_excluded(config, name) for name in names):
+    excluded = not by_parameter and any(is_excluded(config, name) for name in names)
+    if not by_parameter and not excluded:
         if config.target_modules == ALL_LINEAR:
             targeted = True
         else:
@@ -194,6 +197,7 @@ def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str])
     return Match(
         targeted=targeted,
         other_layer=other_layer,
+        excluded=excluded,
         saved=any(is_saved(config, name) for name in names),
         rank=rank,
         alpha=alpha,
@@ -213,7 +217,8 @@ def given_roles(config: LoraConfig, names: Sequence[str], ndim: int) -> str:
     """
     for name in names:
         pattern = matched_pattern(config.roles, name)
-        if pattern is not None:
+        # A module's roles are those of its matrix, and not of its bias.
+        if pattern is not None and (ndim > 1 or name == names[0]):
             roles = config.roles[pattern]
             if len(roles) != ndim or not {"i", "o"} <= set(roles):
                 raise ValueError(

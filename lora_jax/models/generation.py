@@ -297,7 +297,7 @@ def _check_sampling(temperature: float, top_p: float, key: Array | None) -> None
     if temperature > 0 and key is None:
         raise ValueError("`key` is needed to sample: pass jax.random.key(seed), or temperature=0")
     if temperature > 0:
-        check_key("key", key)
+        check_key("key", key, rows=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -212,7 +212,8 @@ def _head(
         raise ValueError(f'`labels` came for task="{ANSWERS}", which has none: leave them out')
     if (key is None) != (not labels and task != ANSWERS) or (task and key is None):
         raise ValueError(
-            "`labels`, the names of at least one class, and `fresh_head`, a PRNG key, come together"
+            "`labels`, the names of the classes, and `fresh_head`, a PRNG key, come together: "
+            "pass both, such as fresh_head=jax.random.key(0)"
         )
     if problem is not None and (key is None or task in (TOKENS, ANSWERS)):
         raise ValueError("`problem` is for a fresh head of texts: leave it out")

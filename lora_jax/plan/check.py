@@ -60,7 +60,9 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
     # The most general problem: only where none of the others explains it.
     if not problems and all(leaf.kind == "frozen" for leaf in leaves):
         problems.append(
-            _nothing(config.target_modules, leaves, modules, excluded=excluded >= names)
+            _nothing(
+                config.target_modules, leaves, modules, excluded=_all_excluded(leaves, excluded)
+            )
         )
     if problems:
         raise ValueError("; ".join(problems))
@@ -139,6 +141,12 @@ def too_high(leaf: LeafPlan) -> tuple[str, str] | None:
         "lower `rank`, or set "
         f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}{stacked}",
     )
+
+
+def _all_excluded(leaves: Sequence[LeafPlan], excluded: set[str]) -> bool:
+    """Whether the config excludes every leaf that could be adapted."""
+    found = [leaf.path for leaf in leaves if leaf.roles]
+    return bool(found) and all({path, paths.module_of(path)} & excluded for path in found)
 
 
 def _nothing(

@@ -270,6 +270,8 @@ def _obstacle(
     if not leaf.roles:
         return leaf.reason, targeted
     if not targeted:
+        if all(match.excluded for match in matches):
+            return "in `exclude_modules`", False
         if names.numbered or not matches[0].other_layer:
             return "not targeted", False
         return (

@@ -82,10 +82,11 @@ def quantize_array(
             f"`{name}` must be an array, got {kind_of(w)}: see `lora.quantize` for trees"
         )
     form = formats.known_format(format)
+    assumed = roles is None
     roles = default_roles(len(w.shape)) if roles is None else roles
     scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
     _check_format(form, block_size, scale_dtype, double_quant)
-    _check_weight(w, block_size, roles=roles, pad=pad, name=name)
+    _check_weight(w, block_size, roles=roles, assumed=assumed, pad=pad, name=name)
     how = _How(
         roles=roles,
         form=form,
@@ -139,7 +140,7 @@ def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bo
         )
 
 
-def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> None:
+def _check_weight(w: Any, block: int, *, roles: str, assumed: bool, pad: bool, name: str) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
             f"`{name}` is {w.dtype}, and only floating-point weights are quantized: choose others"
@@ -154,6 +155,8 @@ def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> No
         fits = [b for b in formats.BLOCK_SIZES if fan_in % b == 0]
         padded = "no block size does, and `lora.quantize(..., pad=True)` fills the last block"
         hint = f"choose {fits[-1]} or less" if fits else padded
+        if assumed and len(roles) > 2:
+            hint += "; the roles are assumed: if other dims are its inputs, pass a plan or `roles`"
         raise ValueError(
             f"`block_size` {block} does not divide the {fan_in} inputs of `{name}` (shape "
             f"{tuple(w.shape)}, roles {roles}): {hint}"

@@ -97,6 +97,11 @@ def with_classes(job: Any, records: Sequence[Record], log: Callable[[str], None]
     if job.labels or job.task or job.problem:
         return job
     labels = tuple(dict.fromkeys(str(record.label) for record in records))
+    if len(labels) < 2:
+        raise SettingsError(
+            f"{job.train_data} has one folder of images, `{labels[0]}`, a class each takes two; "
+            "for texts give a file of JSON lines"
+        )
     log(f"a fresh head for the folders of {job.train_data}: {', '.join(labels)}")
     return dataclasses.replace(job, labels=labels)
 

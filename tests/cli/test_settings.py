@@ -194,7 +194,10 @@ def test_a_setting_without_default_must_be_given():
         ("--rank three", "--rank expects an integer, got `three`"),
         ("--rank 1.5", "--rank expects an integer, got `1.5`"),
         ("--rate quick", "--rate expects a number, got `quick`"),
-        ("--ranks down_proj", "--ranks expects NAME=VALUE pairs, got `down_proj`"),
+        (
+            "--ranks down_proj",
+            "--ranks expects NAME=VALUE pairs whose VALUE is an integer, got `down_",
+        ),
         ("--speed fats", "--speed expects one of slow, fast"),
         ("--packed on", "--packed expects one of auto or true or false, got `on`"),
         ("--targets q_proj,v_proj", "list with spaces, got `q_proj,v_proj`: write --targets q_pr"),

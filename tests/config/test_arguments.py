@@ -244,6 +244,13 @@ def test_parameters_are_given_by_keyword_as_to_the_base_function():
         lora.lorafy(model)(x=X)
 
 
+def by_hand(**parts):
+    """A call with a leaf that is made without `init`."""
+    parts = dict(a=jnp.ones((4, 2)), b=jnp.ones((2, 3)), scale=jnp.float32(1)) | parts
+    leaf = lora.LoraArray(jnp.ones((4, 3)), **parts)
+    return lora.lorafy(lambda params, x: x @ params["w"])({"w": leaf}, X)
+
+
 REFUSED = {
     "index": (lambda: lora.replace(lora.stack([TREE, TREE]), TREE, 0), "`index` is `dict`, but th"),
     "name": (lambda: lora.replace(lora.stack([TREE]), "a", TREE), "`index` is `str` 'a', but the"),
@@ -253,6 +260,10 @@ REFUSED = {
     "rate": (lambda: lora.masked(1e-3), "must be an optimizer of optax, got `float` 0.001"),
     "maker": (lambda: lora.masked(optax.adam), "of optax, got the function `adam`: pass"),
     "block": (lambda: lora.quantize(PARAMS, "up", block_size="64"), "must be one of .* got '64'"),
+    "roles": (lambda: lora.quantize({"q": jnp.ones((64, 4, 32))}, ("q",)), "the roles are assumed"),
+    "keys": (lambda: lora.init(jax.random.split(KEY, 3), PLAN, PARAMS), r"one PRNG key.* \(3,\)"),
+    "plain scale": (lambda: by_hand(scale=1.0), "`w`: `scale` must be an array, got 1.0"),
+    "factor": (lambda: by_hand(b=jnp.ones((3, 4))), r"`b` has shape \(3, 4\), expected \(2, 3"),
     "tree": (lambda: lora.quant.quantize_array(PARAMS), "`w` must be an array, got `dict`"),
     "linen": (lambda: lora.nnx.adapt(linen.Dense(4), CONFIG, X), "an `nnx.Module`, got `Dense`: "),
     "keyless": (lambda: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), CONFIG, X),

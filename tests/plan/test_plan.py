@@ -1,5 +1,6 @@
 """Plans: what a config adapts, what each error says, what the table shows."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -240,6 +241,8 @@ def test_saved_modules_are_trained_whole():
         ({"target_modules": ("q_proj",), "layers_to_transform": (7, 9)},
          r"^`layers_to_transform` is \(7, 9\), and layers are numbered 0 to 2$"),
         ({"exclude_modules": ".*"}, "^`exclude_modules` leaves out every module"),
+        ({"exclude_modules": ("q_proj", "v_proj", "o_proj", "lm_head", "embed")},
+         "^`exclude_modules` leaves out every module"),
         ({"target_modules": ("q_proj",), "roles": {"q_proj": "io"}},
          r"roles\['q_proj'\]='io' does not fit `model.layers.attn.q_proj.kernel` with 3 dims"),
     ],
@@ -247,6 +250,26 @@ def test_saved_modules_are_trained_whole():
 def test_mistakes_are_errors_that_help(fields, text: str):
     with pytest.raises(ValueError, match=text):
         planned(**fields)
+
+
+def test_roles_of_a_module_are_its_matrix_s():
+    params = {"up": {"kernel": shaped(4, 8), "bias": shaped(8)}}
+    config = lora.LoraConfig(rank=2, roles={"up": "io"})
+    plan = lora.plan(
+        config, lambda p, x: x @ p["up"]["kernel"] + p["up"]["bias"], params, shaped(2, 4)
+    )
+    assert [leaf.path for leaf in plan.adapted] == ["up.kernel"]
+    with pytest.raises(ValueError, match=r"'up.bias'\]='io' does not fit `up.bias` with 1 dims"):
+        lora.plan(
+            dataclasses.replace(config, roles={"up.bias": "io"}),
+            lambda p, x: x @ p["up"]["kernel"] + p["up"]["bias"], params, shaped(2, 4),
+        )  # fmt: skip
+
+
+def test_what_the_config_excludes_says_so():
+    plan = planned(exclude_modules=("q_proj",))
+    why = {leaf.path: leaf.reason for leaf in plan.leaves}
+    assert why["model.layers.attn.q_proj.kernel"] == "in `exclude_modules`"
 
 
 def test_an_adapted_tree_cannot_be_planned_again():

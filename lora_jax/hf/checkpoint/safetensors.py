@@ -73,7 +73,11 @@ def read_header(path: str | Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        if size < 8:
+            raise ValueError(
+                f"{path}: not a whole safetensors file: it has {size} bytes; download it again"
+            )
+        if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(
                 f"{path}: not a whole safetensors file: its header claims {length} bytes, the file "
                 f"has {size}; download it again"

@@ -199,23 +199,37 @@ def _check_keys(
     # PEFT repeats a base weight only sometimes: it may be absent.
     missing = [k for k, spec in wanted.items() if spec.part != "w" and k not in tensors]
     extra = [k for k in tensors if k not in wanted]
-    shapes = [
-        f"`{k}` is {tensors[k].shape}, expected {spec.shape}"
-        for k, spec in wanted.items()
-        if k in tensors and tensors[k].shape != spec.shape
-    ]
+    other = [k for k, spec in wanted.items() if k in tensors and tensors[k].shape != spec.shape]
+    shapes = [f"`{k}` is {tensors[k].shape}, expected {wanted[k].shape}" for k in other]
     problems = [
         *_listed("missing", _with_nearest(missing, extra, "in the file"), len(missing)),
         *_listed("left over", _with_nearest(extra, wanted, "expected"), len(extra)),
         *_listed("misshapen", shapes[:_SHOWN], len(shapes)),
     ]
-    if missing or shapes:
+    ranks = {_rank_of(wanted[key], tensors[key].shape) for key in other}
+    if not missing and len(ranks) == 1 and None not in ranks:
+        problems.append(
+            f"the tensors have rank {ranks.pop()}, and the config says {wanted[other[0]].rank}: "
+            "correct `r` (or `rank_pattern`) in it"
+        )
+    elif missing or shapes:
         problems.append(
             "pass an adapter of this model; where a model of your own has dims that are read "
             "otherwise than in PEFT, state them by `lora.hf.load_peft(..., roles=...)`"
         )
     if problems:
         raise ValueError(f"{source}: the adapter does not fit this model; {'; '.join(problems)}")
+
+
+def _rank_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
+    """The rank of a tensor that has the spec's shape but for the rank, or None."""
+    axis = {"a": 0, "b": 1}.get(spec.part)
+    if axis is None or len(shape) != len(spec.shape) or not spec.rank:
+        return None
+    experts = spec.shape[axis] // spec.rank
+    rank, left = divmod(shape[axis], experts)
+    same = shape[:axis] + shape[axis + 1 :] == spec.shape[:axis] + spec.shape[axis + 1 :]
+    return rank if same and not left else None
 
 
 def _with_nearest(keys: list[str], known: Iterable[str], where: str) -> list[str]:

@@ -191,6 +191,15 @@ def test_inits_that_cannot_be_repeated_are_refused(there, base, tmp_path):
         load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
 
 
+def test_another_rank_in_the_config_is_named(there, base, tmp_path):
+    fields = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    peft_wrote(f"{PLACE}/rank", tmp_path / "a", there.torch, fields, torch_logits)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(ValueError, match="tensors have rank 4, and the config says 8: correct `r`"):
+        load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
+
+
 def test_an_adapter_for_a_larger_model_is_one_error(made, base, tmp_path):
     fields = {"r": 4, "target_modules": ["q_proj"]}
     peft_wrote(f"{PLACE}/larger", tmp_path / "a", made("larger").torch, fields, torch_logits)
