@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.array import LoraArray, check_whole, is_leaf
 from lora_jax.config.arguments import check_argument, check_tree
 from lora_jax.config.lora import LoraConfig
@@ -100,9 +100,7 @@ def _rebased(path: str, x: LoraArray, w: Array) -> LoraArray:
 
 def _check_rank(path: str, rank: int, s: Array, noise: Array) -> None:
     """Refuses a difference of the bases that has a higher rank than the adapter."""
-    if isinstance(s, jax.core.Tracer):
-        return
-    if bool(jnp.any(s[..., rank:] > noise)):
+    if compat.is_concrete(s) and bool(jnp.any(s[..., rank:] > noise)):
         raise ValueError(
             f"`{path}`: the base of `lora_params` differs from `params` by more than a matrix of "
             f"rank {rank}: pass the base that `init` got"
