@@ -99,7 +99,7 @@ def with_classes(job: Any, records: Sequence[Record], log: Callable[[str], None]
     labels = tuple(dict.fromkeys(str(record.label) for record in records))
     if len(labels) < 2:
         raise SettingsError(
-            f"{job.train_data} has one folder of images, `{', '.join(labels)}`, a class each takes two; "
+            f"{job.train_data} has images of one class, {', '.join(labels)}, and a head needs two; "
             "for texts give a file of JSON lines"
         )
     log(f"a fresh head for the folders of {job.train_data}: {', '.join(labels)}")
