@@ -157,7 +157,7 @@ def test_nothing_of_other_devices_is_kept(form, mesh, remat):
         moe_intermediate_size=256,
     )  # fmt: skip
     settings = StepSettings(
-        adapter=lora.LoraConfig(rank=2, target_modules=("q_proj", "experts.down_proj")),
+        adapter=lora.LoraConfig(rank=3, target_modules=("q_proj", "experts.down_proj")),
         quantize=form, batch=8, length=8, remat=remat, mesh=mesh, backend="reference",
     )  # fmt: skip
     at = placement(settings)
@@ -172,6 +172,9 @@ def test_nothing_of_other_devices_is_kept(form, mesh, remat):
     assert len(found) > (10 if remat == "none" else 5)
     # The fewest bytes of experts: the codes of down. What experts make of others' tokens is more.
     assert max(x.size for x in found) < 3 * 8 * 256 * 128 // 2
+    # The factors that a tile picks, and a float32 copy of what a token's two experts make.
+    tails = {(str(x.dtype), *x.shape[-2:]) for x in found if x.ndim > 3}
+    assert tails.isdisjoint({("bfloat16", 256, 3), ("bfloat16", 3, 128), ("float32", 2, 128)})
 
 
 def scans(jaxpr):
