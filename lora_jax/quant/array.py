@@ -25,7 +25,7 @@ from lora_jax.quant.scales import HELD, Held, HeldName, Stored
 # The fields that hold arrays.
 ARRAYS = ("packed", "scale", "bias", "scale2", "offset", "scale_map", "order")
 # Static: two weights that differ here have different tree structures, and compile apart.
-_META = ("format", "block", "shape", "roles", "dtype", "backend")
+_META = ("format", "block", "slab", "shape", "roles", "dtype", "backend")
 # Which kernels multiply with a weight: "auto" follows JAX's default device, "..._interpret" runs a
 # kernel in Pallas' interpreter.
 Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
@@ -51,6 +51,8 @@ class QuantArray:
         another order (GPTQ's act-order), or None.
       format: a name of `formats.FORMATS` or of `scales.HELD`.
       block: inputs that share a scale.
+      slab: inputs whose codes lie in bytes of their own, where they are only a part of a block
+        (`lora_jax.quant.formats.slab_of`); None is a block.
       shape: of the weight.
       roles: one letter a dim of the weight: s stack, i in, o out, u a unit dim.
       dtype: of the weight, and of `dequantize`.
@@ -71,6 +73,7 @@ class QuantArray:
     order: Any = None
     format: formats.FormatName | HeldName = "nf4"
     block: int = 64
+    slab: int | None = None
     shape: tuple[int, ...] = ()
     roles: str = "io"
     dtype: Any = np.dtype("float32")
@@ -137,9 +140,14 @@ def known(name: str) -> tuple[formats.Format, Held | None]:
 
 def units(q: QuantArray) -> tuple[int, int]:
     """Inputs and outputs that no shard may divide: their codes or scales lie together."""
-    form, held = known(q.format)
+    held = known(q.format)[1]
     blocks, outputs = (0, 1) if held is None else held.units
-    return max(form.packing.slabs, blocks) * q.block, outputs
+    return max(superblock(q), blocks * q.block), outputs
+
+
+def superblock(q: QuantArray) -> int:
+    """Inputs whose codes share bytes."""
+    return form_of(q).rows(q.slab or q.block)
 
 
 def stored_inputs(q: QuantArray) -> int:
@@ -152,6 +160,12 @@ def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
     return sizes(q.shape, q.roles)
 
 
+def padded(q: QuantArray) -> int:
+    """K with the padding that it gets: slabs smaller than blocks need none."""
+    unit = superblock(q) if q.slab else units(q)[0]
+    return -(-matrix_sizes(q)[1] // unit) * unit
+
+
 def check_quant(q: Any) -> None:
     """Raises `TypeError` for what is no quantized weight."""
     if not is_quant(q):
@@ -162,18 +176,25 @@ def check_quant(q: Any) -> None:
 
 
 def expanded(q: QuantArray) -> QuantArray:
-    """The same weight in a plain format, its scales `(stack..., K/B, N)` in floats."""
+    """The same weight in a plain format, its scales `(stack..., K/B, N)` in floats, B a slab."""
+    form, held = known(q.format)
     if q.scale_map is not None:
         scale = stored_scales.expand_scales(
             q.scale, q.scale2, q.offset, q.scale_map, blocks=_true_blocks(q)
         )
-        return dataclasses.replace(q, scale=scale, scale2=None, offset=None, scale_map=None)
-    form, held = known(q.format)
-    if held is None:
+        q = dataclasses.replace(q, scale=scale, scale2=None, offset=None, scale_map=None)
+    elif held is not None:
+        blocks = -(-stored_inputs(q) // q.block)
+        scale, bias = held.floats(q.scale, q.bias, q.scale2, blocks, q.packed.shape[-1])
+        q = dataclasses.replace(q, format=form.name, scale=scale, bias=bias, scale2=None)
+    if q.slab is None:
         return q
-    blocks = stored_inputs(q) // q.block
-    scale, bias = held.floats(q.scale, q.bias, q.scale2, blocks, q.packed.shape[-1])
-    return dataclasses.replace(q, format=form.name, scale=scale, bias=bias, scale2=None)
+    # One for each slab; those of the last block may be fewer.
+    each, count = q.block // q.slab, stored_inputs(q) // q.slab
+    scale, bias = (
+        x if x is None else jnp.repeat(x, each, axis=-2)[..., :count, :] for x in (q.scale, q.bias)
+    )
+    return dataclasses.replace(q, scale=scale, bias=bias, block=q.slab, slab=None)
 
 
 def _true_blocks(q: QuantArray) -> int:
@@ -236,10 +257,9 @@ def _wanted(q: QuantArray) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     form, held = known(q.format)
     stack, fan_in, fan_out = matrix_sizes(q)
     # K counts padding in `packed` and `scale`, but not in `scale2`: bitsandbytes has no padding.
-    unit = units(q)[0]
-    blocks = -(-fan_in // unit) * unit // q.block
-    packing = form.packing
-    stored = blocks * q.block * sum(packing.planes) // 8
+    inputs = padded(q)
+    blocks, packing = -(-inputs // q.block), form.packing
+    stored = inputs * sum(packing.planes) // 8
     wanted: dict = {"packed": ((*stack, stored, fan_out), (packing.dtype,))}
     plain = {"scale": Stored(), "bias": Stored() if form.affine else None}
     for part, array in (plain if held is None else held.arrays).items():

@@ -94,11 +94,11 @@ def choose_kernel(
         from lora_jax.quant.kernels import gpu as kernels
     else:
         from lora_jax.quant.kernels import tpu as kernels
-    form = form_of(q)
+    form, slab = form_of(q), q.slab or q.block
     # On a CPU, where they are interpreted, XLA splits them.
     mesh = spread_mesh() if backend == "tpu" and not interpreted else None
     unsplit = "" if mesh is None or used_whole(mesh) else _UNSPLIT
-    if reason := unsplit or kernels.obstacle(form, q.block, packed):
+    if reason := unsplit or kernels.obstacle(form, slab, packed):
         _warn_once(f"a quantized weight has no kernel of {backend}: {reason}; plain JAX decodes it")
         return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
@@ -106,7 +106,7 @@ def choose_kernel(
     limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
     # For many rows the device's own product of a decoded copy beats a fused kernel.
     # A fused one would be given the rows of all devices.
-    if rows > limit or mesh is not None or kernels.fused_obstacle(form, q.block, packed, dtype):
+    if rows > limit or mesh is not None or kernels.fused_obstacle(form, slab, packed, dtype):
         return Kernel(decoder)
     return Kernel(decoder, functools.partial(kernels.matmul, **options))
 

@@ -25,6 +25,7 @@ from lora_jax.quant.array import (
     form_of,
     known,
     matrix_sizes,
+    padded,
     units,
 )
 from lora_jax.quant.scales import SCALE_BLOCK, SCALE_DTYPES, HeldName, dynamic_map
@@ -40,6 +41,7 @@ def from_codes(
     *,
     format: formats.FormatName | HeldName,
     block_size: int,
+    slab: int | None = None,
     order: Any = None,
     roles: str | None = None,
     shape: Sequence[int] | None = None,
@@ -59,6 +61,7 @@ def from_codes(
       scale2: of formats that have one. Those of `lora_jax.quant.scales.HELD` have all three as
         their row says.
       format, block_size: as in `quantize_array`, or a name of `HELD`.
+      slab: as `formats.slab_of` has it for the whole weight, where these are a part of its inputs.
       order: integers `(stack..., K)`, the input that each row of codes belongs to, or None.
       roles: of the weight; `...sio` by default.
       shape: of the weight; that of `codes` by default.
@@ -73,16 +76,17 @@ def from_codes(
     roles = roles or default_roles(codes.ndim)
     shape = tuple(codes.shape if shape is None else shape)
     *stack, fan_in, fan_out = codes.shape
+    slab = slab or formats.slab_of(fan_in, form, block_size)
     q = QuantArray(
-        codes, scale, format=format, block=block_size, shape=shape, roles=roles,
-        dtype=jnp.dtype(dtype),
+        codes, scale, format=format, block=block_size, slab=None if slab == block_size else slab,
+        shape=shape, roles=roles, dtype=jnp.dtype(dtype),
     )  # fmt: skip
-    unit = units(q)[0]
-    blocks = -(-fan_in // unit) * unit // block_size
     given = {"scale": scale, "bias": bias, "scale2": scale2}
     parts = {name: np.asarray(x) for name, x in given.items() if x is not None}
     whole = held is not None or not fan_in % block_size
     fits = sizes(shape, roles) == (tuple(stack), fan_in, fan_out) and whole
+    inputs = padded(q) if fits else 0
+    blocks = -(-inputs // block_size)
     if not fits or held is None and parts["scale"].shape != (*stack, fan_in // block_size, fan_out):
         raise ValueError(
             f"`{name}`: codes {list(codes.shape)} and scales {list(parts['scale'].shape)} do not "
@@ -94,7 +98,7 @@ def from_codes(
     rows = {
         part: getattr(held, part).shape(blocks, fan_out)[0] if held else blocks for part in parts
     }
-    packed = formats.pack(_fill(codes, blocks * block_size, form.zero), form, block_size)
+    packed = formats.pack(_fill(codes, inputs, form.zero), form, slab)
     q = dataclasses.replace(
         q,
         packed=jnp.asarray(packed),
@@ -123,7 +127,7 @@ def _fill(x: np.ndarray, rows: int, value: float = 0) -> np.ndarray:
 def codes_of(q: QuantArray) -> Integer[np.ndarray, "*s k n"]:
     """The codes `(stack..., K, N)` of a weight, without padding."""
     form = form_of(q)
-    codes = np.asarray(formats.unpack(q.packed, form, q.block))
+    codes = np.asarray(formats.unpack(q.packed, form, q.slab or q.block))
     return codes[..., : matrix_sizes(q)[1], :]
 
 
@@ -131,6 +135,7 @@ def from_bitsandbytes(
     tensors: Mapping[str, np.ndarray],
     *,
     roles: Literal["io", "oi"] = "io",
+    slab: int | None = None,
     dtype: DTypeLike | None = None,
     name: str = "weight",
 ) -> QuantArray:
@@ -141,6 +146,7 @@ def from_bitsandbytes(
         "absmax", "quant_map", "quant_state.bitsandbytes__nf4" and, double-quantized,
         "nested_absmax" and "nested_quant_map".
       roles: "io" for a kernel `(in, out)`, "oi" to keep torch's `(out, in)`.
+      slab: as in `from_codes`.
       dtype: of the weight; the checkpoint's own by default.
       name: of the weight, for errors.
 
@@ -171,6 +177,7 @@ def from_bitsandbytes(
         absmax.astype(np.float32),
         format=format,
         block_size=block,
+        slab=slab,
         roles=roles,
         shape=(fan_in, outputs) if roles == "io" else (outputs, fan_in),
         dtype=dtype or state["dtype"],

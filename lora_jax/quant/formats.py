@@ -19,6 +19,7 @@ Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values ar
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -185,6 +186,8 @@ FORMATS: dict[str, Format] = {
     "uint5": Format("uint5", Packing((4, 1)), _integers(5), scale="range", zero=0),
     "int6": Format("int6", Packing((4, 2)), _integers(6, -32), scale="signed", zero=32),
 }
+# Of slabs that are a part of a block.
+_NARROWEST, _WIDEST = 4, 1024
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -216,6 +219,17 @@ def known_format(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
+
+
+def slab_of(inputs: int, form: Format, block: int) -> int:
+    """Inputs of a slab: a block, or a part of one where blocks would not fill superblocks.
+
+    The scales of such a weight are repeated before a product, one for each slab.
+    """
+    each, left = divmod(inputs, form.packing.slabs)
+    if left or inputs % form.rows(block) == 0:
+        return block
+    return slab if (slab := math.gcd(block, each, _WIDEST)) >= _NARROWEST else block
 
 
 def padded_inputs(inputs: int, form: Format, block: int) -> int:

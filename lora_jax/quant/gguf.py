@@ -132,6 +132,7 @@ def from_gguf(
     roles: str = "io",
     shape: Sequence[int] | None = None,
     order: np.ndarray | None = None,
+    slab: int | None = None,
     dtype: DTypeLike = "float32",
     name: str = "w",
 ) -> QuantArray:
@@ -144,6 +145,7 @@ def from_gguf(
         or more letters with `shape`.
       shape: of the weight, where it is not a matrix.
       order: the input that each number of a row belongs to, if not the one at its place.
+      slab: as in `from_codes`.
       dtype: of the weight.
       name: of the weight, for errors.
 
@@ -176,6 +178,7 @@ def from_gguf(
         _field(raw, held.scale2),
         format=held.format,
         block_size=held.block,
+        slab=slab,
         order=order,
         roles=roles,
         shape=shape,

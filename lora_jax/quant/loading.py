@@ -15,7 +15,14 @@ from lora_jax.quant.scales import ScaleDtype
 FILE = "file"
 
 # Modules that bitsandbytes leaves in floats too: their errors go straight into the logits.
-_HEADS = frozenset({"lm_head", "score", "classifier", "pooler", "qa_outputs"})
+_HEADS = frozenset(
+    {
+        "lm_head", "score", "classifier", "pooler", "qa_outputs", "head", "cls", "pre_classifier",
+        "vocab_transform",
+    }
+)  # fmt: skip
+# Of DeBERTa's blocks, and of ViT's patches.
+_CONVOLUTIONS = frozenset({"conv", "patch_embeddings"})
 
 
 @with_known_fields
@@ -92,13 +99,20 @@ def outline(
     if config.format == FILE:
         form, roles = _own_format(weights, path, tensors, roles)
     else:
-        form = (config.format, config.block_size) if is_kernel(path, leaf) else None
+        form = (config.format, config.block_size, None) if is_kernel(path, leaf) else None
     if form is None:
         return None
-    format, block = form
+    format, block, slab = form
     shape = tuple(leaf.shape)
     return QuantArray(
-        None, None, format=format, block=block, shape=shape, roles=roles, dtype=leaf.dtype
+        None,
+        None,
+        format=format,
+        block=block,
+        slab=slab,
+        shape=shape,
+        roles=roles,
+        dtype=leaf.dtype,
     )
 
 
@@ -118,18 +132,18 @@ def in_format(config: QuantConfig, w: jax.Array, name: str) -> QuantArray:
 def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf is the kernel of a layer or of experts, and not of a head.
 
-    Kernels of one input stay floats: a convolution's that has a filter for each channel.
+    Kernels of convolutions stay floats, and those of one input: a filter for each channel.
     """
     *modules, last = path.split(".")
     of_experts = modules[-1:] == ["experts"] and not last.endswith("_bias")
     kernel = last == "kernel" or of_experts
-    return kernel and leaf.shape[-2:-1] > (1,) and not _HEADS & set(modules)
+    return kernel and leaf.shape[-2:-1] > (1,) and not (_HEADS | _CONVOLUTIONS) & set(modules)
 
 
 def _own_format(
     weights: Any, path: str, tensors: Sequence[Tensor], roles: str
-) -> tuple[tuple[Any, int] | None, str]:
-    """The file's format and block size of a leaf's layers, None where they are floats; roles."""
+) -> tuple[tuple[Any, int, int | None] | None, str]:
+    """The file's format, block size and slab of a leaf's layers, None for floats; roles."""
     if weights.formats is None:
         raise ValueError(
             f"`quantize` has no blocks to keep, as {weights.source} holds floats: name a format, "
@@ -148,4 +162,4 @@ def _own_format(
         return None, roles
     there, axes = first.roles, tensors[0].axes
     own = there if axes is None else "".join(there[a] for a in axes)
-    return (first.format, first.block), roles[: len(roles) - len(own)] + own
+    return (first.format, first.block, first.slab), roles[: len(roles) - len(own)] + own

@@ -115,7 +115,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _apart(q: QuantArray) -> QuantArray:
     """The same weight behind a barrier, so that XLA does not keep the forward pass's scales."""
-    if q.scale_map is None and q.format not in HELD:
+    if q.scale_map is None and q.format not in HELD and q.slab is None:
         return q
     return dataclasses.replace(q, **lax.optimization_barrier({"scale": q.scale, "bias": q.bias}))
 

@@ -161,7 +161,8 @@ def _index(
 
 def _rows(q: QuantArray, index: Integer[Array, "*m"]) -> Float[Array, "..."]:
     """`W[index]` of an in dim: `(index..., the other dims)`."""
-    q, form, block = expanded(q), form_of(q), q.block
+    q = expanded(q)
+    form, block = form_of(q), q.block
     number = index.reshape(-1)
     take = functools.partial(jnp.take, axis=-2)
     values = formats.code_values(formats.unpack_rows(q.packed, number, form, block), form)

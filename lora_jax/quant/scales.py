@@ -52,7 +52,7 @@ class Stored(NamedTuple):
 
     def shape(self, blocks: int, outputs: int) -> tuple[int, int]:
         """Rows and columns of a matrix of so many blocks and outputs."""
-        rows = blocks // self.blocks * self.rows if self.blocks else self.rows
+        rows = -(-blocks // self.blocks) * self.rows if self.blocks else self.rows
         return rows, -(-outputs // self.outputs)
 
 
@@ -109,7 +109,7 @@ def _of_float8(scale: Any, bias: Any, scale2: Any, blocks: int, outputs: int) ->
 
 def _zero_points(scale: Any, bias: Any, scale2: Any, blocks: int, outputs: int) -> Scales:
     """Zero points in four bits, of two blocks in a byte: `(code - zero) · scale`."""
-    zeros = _rows_of([bias & 15, bias >> 4])
+    zeros = _rows_of([bias & 15, bias >> 4])[..., :blocks, :]  # the last byte may have one
     # Exact: a product of four and of 11 bits.
     return scale, -(zeros * scale.astype(jnp.float32))
 

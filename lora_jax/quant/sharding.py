@@ -72,7 +72,7 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
     parts = _parts(q, spec, mesh)
     # The halves of a superblock share bytes: a shard cannot end between them.
     rows, outputs = units(q)
-    blocks = stored_inputs(q) // rows
+    blocks = -(-stored_inputs(q) // rows)
     if parts > 1 and q.order is not None:
         raise ValueError(
             f"a quantized weight of shape {q.shape}, roles {q.roles}, has its inputs in an order "
@@ -84,7 +84,7 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
             f"a quantized weight of shape {q.shape}, roles {q.roles}, has a scale for {outputs} "
             f"outputs: they cannot be split among {columns} devices; shard another dim"
         )
-    if blocks % parts:
+    if parts > 1 and stored_inputs(q) % (rows * parts):
         raise ValueError(
             f"a quantized weight of shape {q.shape}, roles {q.roles}, has {blocks} superblocks of "
             f"{rows} inputs: they cannot be split among {parts} devices; shard another dim or "

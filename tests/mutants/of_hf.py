@@ -299,7 +299,8 @@ FAULTS = [
         ("[int((i + 1) % 4 != 0)", "[int(i % 4 != 0)"),
         ('facts.get("expert_count") != 128', "True"),
         ('"qk_nope_head_dim": key - rotated', '"qk_nope_head_dim": key'),
-        ('_base(facts, "rope.freq_base_swa")', '_base(facts, "rope.freq_base")'),
+        ('"rope_theta": _base(facts, "rope.freq_base_swa")',
+         '"rope_theta": _base(facts, "rope.freq_base")'),
     ),
     *in_file(
         "hf/gguf/layout.py",
@@ -369,9 +370,8 @@ FAULTS = [
         "tests/hf/checkpoint/test_quantized.py",
         ("slice(part.start - 8 * words.start, part.stop - 8 * words.start)",
          "slice(0, part.stop - part.start)"),
-        ("np.repeat(x, self.size // self.block, axis=0)",
-         "np.tile(x, (self.size // self.block, 1))"),
-        ("np.full(scale.shape, 8, np.uint8)", "np.full(scale.shape, 7, np.uint8)"),
+        ("np.repeat(x, size // block, axis=0) for", "np.tile(x, (size // block, 1)) for"),
+        ("symmetric=symmetric)", "symmetric=False)"),
     ),
     *in_file(
         "hf/tokenizer/tokenizer.py",

@@ -18,6 +18,7 @@ from lora_jax.quant.foreign import beside
 from lora_jax.quant.formats import decode
 from lora_jax.quant.gguf import GGUF_KINDS
 from lora_jax.quant.kernels import gpu, tpu
+from lora_jax.quant.requantize import requantized
 from lora_jax.quant.scales import HELD, _powers
 from lora_jax.quant.sharding import check_shards
 
@@ -115,6 +116,73 @@ def test_held_weights_lower_for_the_device_from_here(platform, backend, name, mo
     with contextlib.nullcontext() if kernel else pytest.warns(quant.ReferenceWarning):
         text = lowered(jax.grad(loss), platform, x, q)
     assert text.count(call) == (2 if kernel else 0)
+
+
+def odd(name, inputs):
+    """A weight whose blocks are no whole superblocks, and the bytes of its file."""
+    if name in GGUF_KINDS:
+        raw = gguf_bytes(name, N, inputs)
+        return quant.from_gguf(raw, name), raw.size
+    rng, groups = np.random.default_rng(0), inputs // 128
+    codes = rng.integers(0, 16, (inputs, N)).astype(np.uint8)
+    scale = rng.random((groups, N)).astype(np.float16)
+    zeros = rng.integers(0, 256, (-(-groups // 2), N)).astype(np.uint8)
+    q = quant.from_codes(codes, scale, zeros, format="uint4_zero", block_size=128)
+    number = np.arange(groups)
+    each = (zeros[number // 2] >> (4 * (number % 2))[:, None]) & 15
+    want = (codes - np.repeat(each, 128, 0).astype(np.float32)) * np.repeat(scale, 128, 0)
+    np.testing.assert_array_equal(q.dequantize(), want)
+    return q, codes.size // 2 + scale.nbytes + groups * N // 2
+
+
+_QUICK_ODD = ("Q5_0", "uint4_zero")
+ODD = {"Q5_0": 896, "uint4_zero": 384, "Q4_1": 96, "Q5_1": 32, "IQ4_NL": 864}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("Q5_0", "uint4_zero") else pytest.param(n, marks=pytest.mark.slow) for n in ODD],
+)
+def test_blocks_that_fill_no_superblock_take_no_more_bytes(name, monkeypatch):
+    q, size = odd(name, ODD[name])
+    # A byte has the zero points of two groups.
+    assert size <= q.nbytes <= size + N / 2 and q.slab is not None and q.block % q.slab == 0
+    w, x = q.dequantize(), jax.random.normal(jax.random.key(1), (5, ODD[name]))
+    if name in GGUF_KINDS:
+        raw = gguf_bytes(name, N, ODD[name])
+        want = gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
+        np.testing.assert_array_equal(w, want.T)
+
+    def loss(x, w):
+        y = quant.matmul(x, w) if isinstance(w, quant.QuantArray) else x @ w
+        return jnp.sum(jnp.sin(y))
+
+    (got, got_dx), (want, want_dx) = jax.jit(
+        lambda x: [jax.value_and_grad(loss)(x, each) for each in (q, w)]
+    )(x)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(got_dx, want_dx, rtol=1e-4, atol=1e-4)
+    rows, columns = jnp.array([0, 3, ODD[name] - 1]), jnp.array([0, 3, N - 1])
+    np.testing.assert_array_equal(quant.ops.take(q, rows, 0), w[rows])
+    np.testing.assert_array_equal(quant.ops.take(q, columns, 1), w[:, columns].T)
+    form = coded(q)
+    decoded = gpu.decode(form, dtype=jnp.float32, name="forward", interpret=True)
+    np.testing.assert_array_equal(decoded, w)
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    small = tpu.obstacle(form.form, form.block, q.packed.shape) != ""
+    for platform, backend in (("cuda", "gpu"), ("tpu", "tpu")):
+        there = dataclasses.replace(q, backend=backend, dtype=jnp.dtype("bfloat16"))
+        call = "__gpu$xla.gpu.triton" if platform == "cuda" else "tpu_custom_call"
+        dispatch._warn_once.cache_clear()
+        reference = platform == "tpu" and small
+        shape = jax.ShapeDtypeStruct((512, ODD[name]), jnp.bfloat16)
+        with pytest.warns(quant.ReferenceWarning) if reference else contextlib.nullcontext():
+            text = lowered(quant.matmul, platform, shape, there)
+        assert text.count(call) == (0 if reference else 1)
+    # As merged weights are rounded: the codes of the numbers that they stand for.
+    again = requantized(w, q, name="w")
+    assert jax.tree.structure(again) == jax.tree.structure(q)
 
 
 def test_an_order_of_inputs_is_undone():

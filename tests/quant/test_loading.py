@@ -10,6 +10,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, models, quant
+from lora_jax.hf.checkpoint.weights import Blocks
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.quant.array import is_quant
@@ -147,7 +148,7 @@ def test_gguf_blocks_of_smollm2_are_its_numbers(smollm2):
     for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
         name = f"model.layers.7.{name}.weight"
         assert weights.formats is not None and weights.blocks is not None
-        assert weights.formats[name] == ("uint4", 32, "oi", False)
+        assert weights.formats[name] == Blocks("uint4", 32)
         held = weights.blocks(name)
         assert (held.format, held.block, held.roles) == ("uint4", 32, "oi")
         np.testing.assert_array_equal(held.dequantize(), weights.read(name))

@@ -28,7 +28,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
-from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, blocks_of
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_bitsandbytes, from_codes, with_nested
 from lora_jax.quant.formats import FORMATS, known_format
@@ -67,6 +67,11 @@ class State(NamedTuple):
     @property
     def blocks(self) -> int:
         return -(-self.count // self.block)
+
+    @property
+    def held(self) -> Blocks:
+        """The blocks that a weight is held in."""
+        return blocks_of(known_format(self.kind).name, self.block, self.grid[1])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -126,7 +131,7 @@ def dequantized(plain: Weights, dtypes: Mapping[str, str], stored: Stored) -> We
         shapes=shapes,
         read=read,
         formats={
-            **{n: Blocks(known_format(s.kind).name, s.block) for n, s in states.items()},
+            **{n: s.held for n, s in states.items()},
             **{n: Blocks("int8_channel", math.gcd(raw.shapes[n][1], 128)) for n in eights},
         },
         blocks=lambda name, part=(): (
@@ -319,7 +324,8 @@ def four_bit_blocks(name: str, state: State, raw: _Raw, part: Part = ()) -> Quan
         "quant_map": raw.small(f"{name}.quant_map", np.float32),
         key: np.frombuffer(json.dumps({**found, "shape": shape}).encode(), np.uint8),
     }
-    q = from_bitsandbytes(tensors, roles="oi", name=name)
+    slab = state.held.slab or state.block
+    q = from_bitsandbytes(tensors, roles="oi", slab=slab, name=name)
     if state.nested_block is None:
         return q
     nested = ("nested_absmax", "nested_quant_map")

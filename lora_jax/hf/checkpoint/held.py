@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
-from lora_jax.quant.array import QuantArray
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, blocks_of
+from lora_jax.quant.array import QuantArray, known
 from lora_jax.quant.foreign import from_codes
-from lora_jax.quant.formats import FormatName
+from lora_jax.quant.formats import FormatName, slab_of
 from lora_jax.quant.scales import HeldName
 
 FLOATS = ("F32", "BF16", "F16")
@@ -55,9 +55,13 @@ class File(NamedTuple):
         if (found := self.shape(name, *dtypes)) != shape:
             raise self.error(name, f"has shape {found}, expected {shape}")
 
+    def where(self, name: str) -> str:
+        """A tensor's file and name, for messages."""
+        return f"{os.path.join(self.plain.source, self.plain.where(name))}: {name}"
+
     def error(self, name: str, text: str) -> ValueError:
-        where = os.path.join(self.plain.source, self.plain.where(name))
-        return ValueError(f"{where}: tensor `{name}` {text}")
+        path = os.path.join(self.plain.source, self.plain.where(name))
+        return ValueError(f"{path}: tensor `{name}` {text}")
 
     def floats(self, name: str, shape: tuple[int, ...], part: Part) -> np.ndarray:
         """A part of a tensor of scales, as it is or, of powers of two, in float32."""
@@ -89,7 +93,7 @@ def tensor_of(
     ordered: bool = False,
 ) -> Tensor:  # fmt: skip
     """The weight of a linear layer, torch's (out, in), made of these tensors."""
-    blocks = Blocks(format, block, ordered=ordered)
+    blocks = blocks_of(format, block, shape[1], ordered=ordered)
     return Tensor(f"{module}.weight", names, shape, blocks, make)
 
 
@@ -100,12 +104,13 @@ def modules_of(file: File, end: str) -> list[str]:
 
 def made(
     codes: np.ndarray, scale: np.ndarray, *rest: Any, name: str, format: FormatName | HeldName,
-    block: int, order: Any = None,
+    block: int, inputs: int, order: Any = None,
 ) -> QuantArray:  # fmt: skip
-    """The blocks of a matrix, torch's (out, in)."""
+    """The blocks of a matrix, torch's (out, in), or of a part of it, which has `inputs` in all."""
+    slab = slab_of(inputs, known(format)[0], block)
     return from_codes(
-        codes, scale, *rest, format=format, block_size=block, roles="oi", shape=codes.shape[::-1],
-        order=order, name=name,
+        codes, scale, *rest, format=format, block_size=block, slab=slab, roles="oi",
+        shape=codes.shape[::-1], order=order, name=name,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ Source: AutoGPTQ `qlinear_cuda_old.py`, AutoAWQ `linear/gemm.py`, compressed-ten
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +25,8 @@ from lora_jax.hf.checkpoint.held import (
 )
 from lora_jax.hf.checkpoint.weights import Part
 from lora_jax.quant.array import QuantArray
+from lora_jax.quant.formats import FormatName
+from lora_jax.quant.scales import HeldName
 
 # The column of each of an AWQ number's eight nibbles, turned round: the nibble of each column.
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -47,24 +48,10 @@ def _of_eight(part: slice) -> tuple[slice, slice]:
     return words, slice(part.start - 8 * words.start, part.stop - 8 * words.start)
 
 
-class _Groups(NamedTuple):
-    """Groups of inputs that share a scale and a zero point, and the blocks that they become."""
-
-    size: int
-    block: int
-
-    def repeat(self, x: np.ndarray) -> np.ndarray:
-        """A row for each block."""
-        return np.repeat(x, self.size // self.block, axis=0)
-
-
-def _groups_of(inputs: int, count: int) -> _Groups:
-    """Two blocks share bytes: blocks that are not in pairs would be filled up."""
-    size = inputs // count
-    block = size if size <= _LARGEST_BLOCK else power(size, _LARGEST_BLOCK)
-    while (inputs // block) % 2 and block % 2 == 0:
-        block //= 2
-    return _Groups(size, block)
+def _block_of(size: int) -> int:
+    """Inputs of a block: a group, or a part of a large one, so that devices can share it."""
+    block = power(size, _LARGEST_BLOCK)
+    return block if size > _LARGEST_BLOCK and 2 * block >= _LARGEST_BLOCK else size
 
 
 def _zero_pairs(zeros: np.ndarray) -> np.ndarray:
@@ -73,22 +60,23 @@ def _zero_pairs(zeros: np.ndarray) -> np.ndarray:
     return even[::2] | even[1::2] << 4
 
 
-def _order(file: File, name: str, inputs: int, groups: _Groups) -> np.ndarray | None:
+def _order(file: File, name: str, inputs: int, size: int) -> np.ndarray | None:
     """The inputs in the order of their groups; None where they are in it."""
     if name not in file.plain.shapes:
         return None
     file.same(name, (inputs,), "I32")
     group = file.stored(name, np.int32, (inputs,), (slice(None),))
-    count = inputs // groups.size
-    if group.min() < 0 or np.any(np.bincount(group, minlength=count) != groups.size):
-        raise file.error(name, f"does not name {count} groups of {groups.size} inputs each")
+    count = inputs // size
+    if group.min() < 0 or np.any(np.bincount(group, minlength=count) != size):
+        raise file.error(name, f"does not name {count} groups of {size} inputs each")
     order = np.argsort(group, kind="stable")
     return None if np.array_equal(order, np.arange(inputs)) else order
 
 
 def _four_bits(
     file: File, module: str, names: tuple[str, ...], shape: tuple[int, int], count: int,
-    read: Callable[[Part, slice], tuple[np.ndarray, np.ndarray, np.ndarray]], order_name: str,
+    read: Callable[[Part, slice], tuple[np.ndarray, ...]], order_name: str, *,
+    symmetric: bool = False,
 ) -> Tensor:  # fmt: skip
     """A weight `(code - zero) · scale`.
 
@@ -97,28 +85,32 @@ def _four_bits(
       count: its groups of inputs.
       read: `(part, groups)` to codes `(in, out)`, scales and zero points `(groups, out)`.
       order_name: the tensor with the group of each input, which need not be there.
+      symmetric: every zero point is 8, and none is read.
     """
     name, inputs = names[0], shape[1]
     if not count or inputs % count:
         raise file.error(name, f"has {inputs} inputs, which are no {count} groups of one size")
-    groups = _groups_of(inputs, count)
-    order = _order(file, order_name, inputs, groups)
+    size = inputs // count
+    block, order = _block_of(size), _order(file, order_name, inputs, size)
+    format: FormatName | HeldName = "int4" if symmetric else "uint4_zero"
 
     def make(part: Part) -> QuantArray:
-        codes, scale, zeros = read(part, cut_groups(part[1], groups.size))
+        codes, *rest = read(part, cut_groups(part[1], size))
+        scale, *zeros = (np.repeat(x, size // block, axis=0) for x in rest)
         return made(
             codes if order is None else codes[order],
-            groups.repeat(scale),
-            _zero_pairs(groups.repeat(zeros)),
-            name=name,
-            format="uint4_zero",
-            block=groups.block,
+            scale,
+            *map(_zero_pairs, zeros),
+            name=file.where(name),
+            format=format,
+            block=block,
+            inputs=inputs,
             order=order,
         )
 
     used = (*names, order_name) if order_name in file.plain.shapes else names
     ordered = order is not None
-    return tensor_of(used, module, shape, make, "uint4_zero", groups.block, ordered=ordered)
+    return tensor_of(used, module, shape, make, format, block, ordered=ordered)
 
 
 def gptq(file: File) -> list[Tensor]:
@@ -180,27 +172,27 @@ def packed_weight(file: File, module: str) -> Tensor:
     count = file.shape(scales, *FLOATS, count=2)[1]
     file.same(scales, (outputs, count), *FLOATS)
     zeros_, packed = f"{module}.weight_zero_point", -(-outputs // 8)
-    names = (weight, scales)
-    if zeros_ in file.plain.shapes:
+    names, symmetric = (weight, scales), zeros_ not in file.plain.shapes
+    if not symmetric:
         file.same(zeros_, (packed, count), "I32")
         names = (*names, zeros_)
 
-    def read(part: Part, groups: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(part: Part, groups: slice) -> tuple[np.ndarray, ...]:
         rows, columns = part
         of, inside = _of_eight(columns)
         codes = _nibbles(file.stored(weight, np.int32, (outputs, words), (rows, of)), 1)[:, inside]
         scale = file.floats(scales, (outputs, count), (rows, groups)).T
-        zeros = np.full(scale.shape, 8, np.uint8)
-        if len(names) == 3:
-            of, inside = _of_eight(rows)
-            raw = file.stored(zeros_, np.int32, (packed, count), (of, groups))
-            zeros = _nibbles(raw, 0)[inside].T
-        return codes.T, scale, zeros
+        if symmetric:
+            return codes.T, scale
+        of, inside = _of_eight(rows)
+        raw = file.stored(zeros_, np.int32, (packed, count), (of, groups))
+        return codes.T, scale, _nibbles(raw, 0)[inside].T
 
     if _bits_of(file) == 8:
         return _eights(file, module, names, count)
     order = f"{module}.weight_g_idx"
-    return _four_bits(file, module, names, (outputs, 8 * words), count, read, order)
+    shape = (outputs, 8 * words)
+    return _four_bits(file, module, names, shape, count, read, order, symmetric=symmetric)
 
 
 def _bits_of(file: File) -> int:
@@ -225,14 +217,17 @@ def _eights(file: File, module: str, names: tuple[str, ...], count: int) -> Tens
     inputs = 4 * words
     if not count or inputs % count:
         raise file.error(weight, f"has {inputs} inputs, which are no {count} groups of one size")
-    groups = _Groups(inputs // count, power(inputs // count, _LARGEST_BLOCK))
+    size = inputs // count
+    block = _block_of(size)
 
     def make(part: Part) -> QuantArray:
         rows, columns = part
         codes = file.stored(weight, np.uint8, (outputs, inputs), (rows, columns))
-        of = (rows, cut_groups(columns, groups.size))
-        scale = groups.repeat(file.floats(scales, (outputs, count), of).T)
+        scale = file.floats(scales, (outputs, count), (rows, cut_groups(columns, size))).T
+        scale = np.repeat(scale, size // block, axis=0)
         signed = (codes ^ 128).view(np.int8).T  # as they are stored, 128 stands for 0
-        return made(signed, scale, name=weight, format="int8", block=groups.block)
+        return made(
+            signed, scale, name=file.where(weight), format="int8", block=block, inputs=inputs
+        )
 
-    return tensor_of(names, module, (outputs, inputs), make, "int8", groups.block)
+    return tensor_of(names, module, (outputs, inputs), make, "int8", block)

@@ -93,7 +93,7 @@ def _signed(q: QuantArray) -> Tensors:
     """Plain codes and scales, for which compressed-tensors has the lowest code at 0."""
     bits = sum(form_of(q).packing.planes)
     count = matrix_sizes(q)[1] // q.block
-    codes = codes_of(q).T.astype(np.int32) + (0 if bits == 4 else 128)
+    codes = _in_input_order(q).T.astype(np.int32) + (0 if bits == 4 else 128)
     shape = np.asarray(codes.shape, np.int64)
     scale = np.asarray(q.scale)[:count].T
     return {

@@ -32,7 +32,7 @@ from lora_jax.hf.checkpoint.held import (
     tensor_of,
 )
 from lora_jax.hf.checkpoint.integers import awq, gptq, packed_weight
-from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
+from lora_jax.hf.checkpoint.weights import Part, Weights, blocks_of
 from lora_jax.quant.array import QuantArray, units
 from lora_jax.quant.foreign import from_codes
 
@@ -118,7 +118,8 @@ def held(file: File) -> Weights:
 
 def _numbers(tensor: Tensor, part: Part) -> np.ndarray:
     """A part of a weight in float32, cut out of whole superblocks."""
-    empty = QuantArray(None, None, format=tensor.blocks.format, block=tensor.blocks.block)
+    form = tensor.blocks
+    empty = QuantArray(None, None, format=form.format, block=form.block, slab=form.slab)
     unit = dict(zip("io", units(empty), strict=True), s=1)
     if tensor.blocks.ordered:
         unit["i"] = max(tensor.shape)
@@ -160,7 +161,9 @@ def _scaled(file: File, module: str, scales: str) -> Tensor:
         else:
             every = file.floats(scales, (math.prod(have),), (slice(None),))
             scale = np.broadcast_to(every, (outputs,))[None, rows]
-        return made(codes.T, scale, name=name, format=format, block=block)
+        return made(
+            codes.T, scale, name=file.where(name), format=format, block=block, inputs=inputs
+        )
 
     return tensor_of((name, scales), module, shape, make, format, block)
 
@@ -194,7 +197,15 @@ def _float4_weight(file: File, module: str, weight: str, scales: str) -> Tensor:
         if nv:
             outer = file.stored(whole, np.float32, (1,), (slice(None),))
             rest = (None, np.repeat(outer[None], codes.shape[1], axis=1))
-        return made(codes, scale, *rest, name=weight, format=format, block=block)
+        return made(
+            codes,
+            scale,
+            *rest,
+            name=file.where(weight),
+            format=format,
+            block=block,
+            inputs=2 * half,
+        )
 
     return tensor_of(names, module, (outputs, 2 * half), make, format, block)
 
@@ -234,10 +245,18 @@ def _experts(file: File, name: str) -> Tensor:
         scale = file.stored(scales, np.uint8, whole[:3], there).swapaxes(1, 2)
         if np.any(scale == 255):
             raise file.error(scales, "holds NaN; download it again")
-        return from_codes(codes, scale, format="mxfp4", block_size=32, name=blocks)
+        return from_codes(
+            codes,
+            scale,
+            format="mxfp4",
+            block_size=32,
+            slab=form.slab or 32,
+            name=file.where(blocks),
+        )
 
     shape = (experts, 2 * size * count, outputs)
-    return Tensor(name, (blocks, scales), shape, Blocks("mxfp4", 32, "sio"), make)
+    form = blocks_of("mxfp4", 32, shape[1], roles="sio")
+    return Tensor(name, (blocks, scales), shape, form, make)
 
 
 # `quant_method` -> the weights of a file.

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from lora_jax import processes
 from lora_jax.paths import nearest
-from lora_jax.quant.array import QuantArray
-from lora_jax.quant.formats import FormatName
+from lora_jax.quant.array import QuantArray, known
+from lora_jax.quant.formats import FormatName, slab_of
 from lora_jax.quant.scales import HeldName
 
 T = TypeVar("T")
@@ -25,13 +25,21 @@ Part = tuple[slice, ...]
 class Blocks(NamedTuple):
     """How a tensor is quantized in its file: the format, its block size, roles of the dims.
 
-    `ordered` has inputs in an order of their own (act-order), which cannot be cut.
+    `ordered` has inputs in an order of their own (act-order), which cannot be cut. `slab` is that
+    of a `QuantArray` with all inputs, or None.
     """
 
     format: FormatName | HeldName
     block: int
     roles: str = "oi"
     ordered: bool = False
+    slab: int | None = None
+
+
+def blocks_of(format: FormatName | HeldName, block: int, inputs: int, **more: Any) -> Blocks:
+    """The blocks of a tensor with so many inputs; `more` are the other fields."""
+    slab = slab_of(inputs, known(format)[0], block)
+    return Blocks(format, block, slab=None if slab == block else slab, **more)
 
 
 class Weights(NamedTuple):
