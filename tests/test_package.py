@@ -358,7 +358,7 @@ from lora_jax.analysis.spectra.spectrum import plot_decay
 from lora_jax.cli import main
 from lora_jax.hf import hub
 from lora_jax.hf.gguf.file import open_gguf
-from lora_jax.hf.gguf.names import gguf_names
+from lora_jax.hf.gguf.names import Base, gguf_names
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
 from lora_jax.recipes.completions import bleu_counts
@@ -383,7 +383,7 @@ names("llm", lambda: from_directory("smollm2"))
 chat = Tokenizer(backend=None, special={}, chat_template="{{ messages }}")
 names("llm", lambda: chat.render_chat([message]))
 names("llm", lambda: open_gguf(empty))
-names("llm", lambda: gguf_names("llama", 1))
+names("llm", lambda: gguf_names(Base("llama", 1, 1, 1, 1, False)))
 names("llm", lambda: hub.snapshot("owner/name"))
 names("llm", lambda: lora.quantize(w, ("w",), progress=True))
 names("llm", lambda: train.plot_loss("loss.png", [record]))

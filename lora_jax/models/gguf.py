@@ -18,10 +18,12 @@ from lora_jax.hf.gguf.architectures import (
 )
 from lora_jax.hf.gguf.fields import SIGMOID, Stated, short
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
-from lora_jax.hf.gguf.names import Base, base_from_hf
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, base_from_hf, read_base
 from lora_jax.hf.gguf.weights import weights_of
+from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.gpt2 import GPT2Config
+from lora_jax.models.model import Model
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.rope import RopeScaling, scaling_to_hf, static_frequencies
 
@@ -58,7 +60,7 @@ def config_of(
     *,
     path: Path,
     divisors: np.ndarray | None = None,
-) -> LlamaConfig | GPT2Config:
+) -> LlamaConfig | GPT2Config | BertConfig:
     """The configuration of the model in a GGUF file.
 
     Args:
@@ -128,6 +130,8 @@ def config_of(
     raw = {name: x for field, x in raw.items() if (name := row.renamed.get(field, field))}
     try:
         config = config_from_hf(raw)
+        if row.encoder:
+            return dataclasses.replace(config, pooler=False)
         if not isinstance(config, LlamaConfig):
             return config
         return _with_tensors(config, shapes, row.stack)
@@ -135,7 +139,7 @@ def config_of(
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_config(path: Path) -> LlamaConfig | GPT2Config:
+def read_config(path: Path) -> LlamaConfig | GPT2Config | BertConfig:
     """The configuration of the model in a GGUF file, of which the header and `rope_freqs` are read.
 
     Raises:
@@ -249,6 +253,15 @@ def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: Path) -> Ro
     )
 
 
-def base_of(config: Any) -> Base:
-    """The base of a model of `lora_jax.models`, from its configuration."""
-    return base_from_hf(config.to_hf())
+def base_of(model: Any) -> Base:
+    """The base of a model of `lora_jax.models`, or of a configuration.
+
+    Only a model that came from a GGUF file shows whether its experts are one tensor there.
+    """
+    config = model.config if isinstance(model, Model) else model
+    raw, wrapper = config.to_hf(), getattr(config, "wrapper", None)
+    # llama.cpp has architectures of its own for some decoders of images and texts.
+    base = base_from_hf({**raw, "model_type": wrapper} if wrapper in ARCHITECTURE_OF else raw)
+    source = model.checkpoint if isinstance(model, Model) else None
+    fused = source is not None and source.suffix == ".gguf" and read_base(source).fused
+    return base._replace(fused=fused)

@@ -231,14 +231,14 @@ def _load_gguf(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
-    content = _read_gguf(source, hf.base_of(model.config), model.params)
+    content = _read_gguf(source, hf.base_of(model), model.params)
     return _attach(content, model, source, plan_of)
 
 
 def _save_gguf(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    base = hf.base_of(adapter.model.config)
+    base = hf.base_of(adapter.model)
     hf.save_gguf_lora(
         output,
         adapter.lora_params,

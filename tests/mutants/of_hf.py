@@ -152,7 +152,19 @@ FAULTS = [
         "hf/gguf/weights.py",
         "tests/hf/gguf/test_layout.py",
         ('{first, second} == {"Q4_K", "Q5_K"}', "False"),
-        ("order=order, name=where", "name=where"),
+        ("order=order, slab=slab, name=where", "slab=slab, name=where"),
+    ),
+    *in_file(
+        "hf/gguf/fields.py",
+        "tests/hf/gguf/test_families.py",
+        ("_KINDS[bool(slide and window)]", "_KINDS[bool(window)]"),
+        ('stated.facts.get("attention.causal", False)', "False"),
+        ('_base(facts, "rope.freq_base_swa"),\n        "global', '1e4,\n        "global'),
+    ),
+    *in_file(
+        "hf/gguf/names.py",
+        "tests/hf/gguf/test_families.py",
+        ("fused=row.fused or self.fused", "fused=row.fused"),
     ),
     *in_file(
         "hf/gguf/halves.py",

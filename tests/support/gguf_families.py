@@ -254,14 +254,17 @@ def as_converter(tensors, config, arch):
     return out
 
 
-def write(path, family, kind=GGMLQuantizationType.F32):
-    """A random model, and the file of it."""
+def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
+    """A random model, and the file of it; `fused` has gate and up of experts in one tensor."""
     config, arch = config_from_hf({**CASES[family], "model_type": family}), ARCHITECTURE_OF[family]
     raw, model = config.to_hf(), models.init(jax.random.key(0), config)
     keys = iter(jax.random.split(jax.random.key(1), 200))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
     save_model(path.parent / "hf", model, params)
     tensors = as_converter(load_file(path.parent / "hf/model.safetensors"), model.config, arch)
+    for name in [n for n in tensors if "ffn_gate_exps" in n] if fused else ():
+        pair = tensors.pop(name), tensors.pop(name.replace("gate", "up"))
+        tensors[name.replace("gate", "gate_up")] = np.concatenate(pair, axis=1)
     row = GGUF_ARCHITECTURES[arch]
     stated = {**STATED, **{key: field for key, field in row.keys.items()}}
     if family == "mixtral":
@@ -283,6 +286,61 @@ def write(path, family, kind=GGMLQuantizationType.F32):
             blocks = x.ndim > 1 and not x.shape[-1] % 32
             own = kind if blocks else GGMLQuantizationType.F32
             writer.add_tensor(name, quants.quantize(np.ascontiguousarray(x), own), raw_dtype=own)
+    return model, params
+
+
+ENCODERS = {
+    "modernbert": dict(local_attention=4, global_attn_every_n_layers=3, hidden_activation="silu"),
+    "bert": dict(type_vocab_size=2),
+    "roberta": dict(type_vocab_size=1, pad_token_id=1),
+}
+# llama.cpp's key of each size of an encoder -> our field.
+ENCODERS_KEYS = {
+    "context_length": "context", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "block_count": "num_hidden_layers", "attention.layer_norm_epsilon": "layer_norm_eps",
+}  # fmt: skip
+
+
+def write_encoder(path, kind, fields, form=GGMLQuantizationType.F32, facts=None):
+    """A random encoder, and its file as llama.cpp's converter writes it.
+
+    `facts` are other values of keys; `token_types` None leaves that table out.
+    """
+    sizes = {**SIZES, "num_hidden_layers": 4, **fields}
+    config = config_from_hf({**sizes, "model_type": kind})
+    model = models.init(jax.random.key(0), config)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
+    save_model(path.parent / "hf", model, params)
+    tensors = load_file(path.parent / "hf/model.safetensors")
+    arch = ARCHITECTURE_OF[kind]
+    enum = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
+    table = get_tensor_name_map(enum, config.num_hidden_layers)
+    stated = {key: getattr(config, field) for key, field in ENCODERS_KEYS.items()}
+    stated |= {"attention.causal": False}
+    if kind == "modernbert":
+        own = config.own
+        stated |= {
+            "attention.sliding_window": own.window, "attention.sliding_window_pattern": 3,
+            "rope.freq_base_swa": own.thetas[0], "rope.freq_base": own.thetas[1],
+            "rope.scaling.type": "none", "hidden_activation": config.hidden_act,
+        }  # fmt: skip
+    changed = dict(facts or {})
+    left_out = "token_types" in changed and changed.pop("token_types") is None
+    with writing(path, arch) as writer:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+               str: writer.add_string}  # fmt: skip
+        for key, value in {**stated, **changed}.items():
+            add[type(value)](f"{arch}.{key}", value)
+        for name, x in tensors.items():
+            if name.startswith("pooler.") or left_out and "token_type" in name:
+                continue
+            if kind == "roberta" and "position_embeddings" in name:
+                x = x[config.pad_token_id + 1 :]
+            own = form if x.ndim > 1 and not x.shape[-1] % 32 else GGMLQuantizationType.F32
+            theirs = str(table.get_name(name, try_suffixes=(".weight", ".bias")))
+            writer.add_tensor(theirs, quants.quantize(x, own), raw_dtype=own)
     return model, params
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
-from lora_jax.hf.gguf.fields import Stated, delta, gemma4, latent, llama4
+from lora_jax.hf.gguf.fields import Stated, bert, delta, gemma4, latent, llama4, modernbert
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -37,14 +37,15 @@ class GgufArchitecture(NamedTuple):
       others: its other modules.
       odd: llama.cpp's names of tensors that are no weight or bias of a module -> ours.
       experts: the module with a block's experts, as PEFT names it, or None.
-      fused: gate and up of all experts are one tensor.
+      fused: gate and up of all experts are one tensor, as they may be in files of any row.
       multiplier: the leaf with a number for each expert that multiplies its result, or None.
       stack: the list of blocks.
       outer: the modules around the blocks: embedding, head, and what carries no adapter.
       permuted: the rows of q and k are reordered in the file.
       by_head: query, key and value of each head lie side by side in Hugging Face's fused
         projection, and one kind after the other in the file.
-      keys: key of the metadata, without its prefix -> the field of config.json.
+      keys: key of the metadata, without its prefix -> the field of config.json. Without any, only
+        adapters are read and written.
       own: keys that are no numbers, or that only `read` reads.
       read: what reads fields that are stated otherwise than in config.json, or None.
       fixed: fields of config.json that every model of the architecture has.
@@ -55,7 +56,7 @@ class GgufArchitecture(NamedTuple):
       joined: a block's module -> the two modules that a file has for it.
       unadapted: modules whose adapters llama.cpp reads but does not apply.
       renamed: fields of config.json that have another name there, or None for those it lacks.
-      encoder: only adapters of it are read and written.
+      encoder: the modules that hold an encoder in a model with a head; () of decoders.
       whole_at: the number of blocks of the one model whose queries are divided by the root of the
         width by heads, and not of the size of a head; no key states it.
     """
@@ -82,10 +83,17 @@ class GgufArchitecture(NamedTuple):
     joined: Mapping[str, tuple[str, str]] = {}
     unadapted: tuple[str, ...] = ()
     renamed: Mapping[str, str | None] = {}
-    encoder: bool = False
+    encoder: tuple[str, ...] = ()
     whole_at: int | None = None
 
+    @property
+    def both(self) -> str:
+        """Gate and up of experts in one, beside what others call them."""
+        apart = next(module for module in self.others if ".experts." in f".{module}")
+        return f"{apart.rpartition('.')[0]}.gate_up_proj"
 
+
+FUSED = "ffn_gate_up_exps"
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _CHOSEN = {**_RMS, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
@@ -126,41 +134,36 @@ _GROUPED_KEYS = {
     "expert_weights_scale": "routed_scaling_factor", "expert_weights_norm": "norm_topk_prob",
     "expert_group_count": "n_group", "expert_group_used_count": "topk_group",
 }  # fmt: skip
+# Of encoders: how a text's vector is made of its tokens', and the classes of a reranker.
+_OF_TEXTS = (
+    "attention.causal", "pooling_type", "classifier.pooling_type", "classifier.output_labels",
+)  # fmt: skip
+_NO_DECODER: Mapping[str, str | None] = {
+    "num_key_value_heads": None, "head_dim": None, "rope_theta": None,
+}  # fmt: skip
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": GgufArchitecture(
-        "llama",
-        others=(*_NORMS, *_MIXTRAL),
-        experts="mlp.experts",
-        permuted=True,
-        keys=_RMS,
+        "llama", others=(*_NORMS, *_MIXTRAL), experts="mlp.experts", permuted=True, keys=_RMS
     ),
     "qwen2": GgufArchitecture("qwen2", keys=_RMS),
+    # Decoders of images and texts.
+    "mistral3": GgufArchitecture("mistral3", permuted=True),
+    "qwen2vl": GgufArchitecture("qwen2_vl"),
+    "qwen3vl": GgufArchitecture("qwen3_vl", others=(*_NORMS, *_QK_NORMS)),
     "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
     "qwen2moe": GgufArchitecture(
-        "qwen2_moe",
-        (*_ATTENTION, *_SHARED),
-        (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
-        experts="mlp.experts",
-        keys=_SHARED_KEYS,
-        fixed={**_SPARSE, "norm_topk_prob": False},
+        "qwen2_moe", (*_ATTENTION, *_SHARED), (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
+        experts="mlp.experts", keys=_SHARED_KEYS, fixed={**_SPARSE, "norm_topk_prob": False},
     ),
     "qwen3moe": GgufArchitecture(
-        "qwen3_moe",
-        _ATTENTION,
-        (*_NORMS, *_EXPERTS, *_QK_NORMS),
-        experts="mlp.experts",
-        keys=_MOE,
-        fixed={**_SPARSE, "norm_topk_prob": True},
+        "qwen3_moe", _ATTENTION, (*_NORMS, *_EXPERTS, *_QK_NORMS), experts="mlp.experts",
+        keys=_MOE, fixed={**_SPARSE, "norm_topk_prob": True},
     ),
     "olmoe": GgufArchitecture(
-        "olmoe",
-        _ATTENTION,
-        (*_NORMS, *_EXPERTS, *_QK_NORMS),
-        experts="mlp.experts",
-        keys=_CHOSEN,
-        fixed={"norm_topk_prob": False},
+        "olmoe", _ATTENTION, (*_NORMS, *_EXPERTS, *_QK_NORMS), experts="mlp.experts",
+        keys=_CHOSEN, fixed={"norm_topk_prob": False},
     ),
     "glm4moe": GgufArchitecture(
         "glm4_moe",
@@ -231,19 +234,16 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         in_turns=True,
     ),
     "starcoder2": GgufArchitecture(
-        "starcoder2",
-        (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
+        "starcoder2", (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
         keys={"attention.layer_norm_epsilon": "norm_epsilon"},
     ),
     "cohere2": GgufArchitecture(
-        "cohere2",
-        others=("input_layernorm",),
+        "cohere2", others=("input_layernorm",),
         keys={**_LAYER_NORM, "logit_scale": "logit_scale",
               "attention.sliding_window": "sliding_window"},
     ),
     "granite": GgufArchitecture(
-        "granite",
-        permuted=True,
+        "granite", permuted=True,
         keys={**_RMS, "attention.scale": "attention_multiplier",
               "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
               "logit_scale": "logits_scaling"},
@@ -256,8 +256,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "olmo2": GgufArchitecture("olmo2", others=(*_AFTER, *_QK_NORMS), keys=_RMS),
     "seed_oss": GgufArchitecture("seed_oss", keys=_RMS),
     "stablelm": GgufArchitecture(
-        "stablelm",
-        keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
+        "stablelm", keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
         rotary="partial_rotary_factor",
     ),
     "gptneox": GgufArchitecture(
@@ -270,9 +269,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         rotary="rotary_pct",
     ),
     "phi2": GgufArchitecture(
-        "phi",
-        (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"),
-        ("input_layernorm",),
+        "phi", (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"), ("input_layernorm",),
         outer=("model.embed_tokens", "lm_head", "model.final_layernorm"),
         keys=_LAYER_NORM,
         rotary="partial_rotary_factor",
@@ -322,18 +319,36 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         read=llama4,
     ),
     "phi3": GgufArchitecture(
-        "phi3",
-        _FUSED,
-        keys={**_RMS, "attention.sliding_window": "sliding_window"},
+        "phi3", _FUSED, keys={**_RMS, "attention.sliding_window": "sliding_window"},
         rotary="partial_rotary_factor",
     ),
     "modern-bert": GgufArchitecture(
-        "modernbert",
-        ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
-        others=(),
+        "modernbert", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"), ("attn_norm", "mlp_norm"),
         stack="layers",
-        outer=("embeddings.tok_embeddings",),
-        encoder=True,
+        outer=("embeddings.tok_embeddings", "lm_head", "embeddings.norm", "final_norm",
+               "head.dense", "head.norm", "classifier.out_proj"),
+        keys={"attention.layer_norm_epsilon": "norm_eps"},
+        own=(*_OF_TEXTS, "attention.sliding_window", "attention.sliding_window_pattern",
+             "rope.freq_base_swa", "hidden_activation"),
+        read=modernbert,
+        renamed=_NO_DECODER,
+        encoder=("model",),
+    ),
+    # RoBERTa too: rows of the table of positions that no token has are left out.
+    "bert": GgufArchitecture(
+        "bert",
+        (*(f"attention.self.{name}" for name in ("query", "key", "value")),
+         "attention.output.dense", "intermediate.dense", "output.dense"),
+        ("attention.output.LayerNorm", "output.LayerNorm"),
+        stack="encoder.layer",
+        outer=("embeddings.word_embeddings", "lm_head", "embeddings.LayerNorm",
+               "embeddings.position_embeddings", "embeddings.token_type_embeddings",
+               "classifier.dense", "classifier.out_proj"),
+        keys=_LAYER_NORM,
+        own=_OF_TEXTS,
+        read=bert,
+        renamed=_NO_DECODER,
+        encoder=("bert", "roberta"),
     ),
     "gpt2": GgufArchitecture(
         "gpt2", _GPT2, ("ln_1", "ln_2"), stack="transformer.h",
@@ -382,4 +397,4 @@ def their_names(architecture: str) -> dict[str, str]:
     outer = {module: table[module] for module in row.outer if module in table}
     inner = (*row.linears, *row.others)
     blocks = {m: table[f"{row.stack}.0.{m}"].removeprefix("blk.0.") for m in inner}
-    return {**outer, **blocks}
+    return {**outer, **blocks, **({row.both: FUSED} if row.experts else {})}

@@ -19,14 +19,14 @@ import numpy as np
 
 from lora_jax.array import leaves_by_path
 from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
-from lora_jax.hf.gguf.architectures import GgufArchitecture
+from lora_jax.hf.gguf.architectures import FUSED, GgufArchitecture
 from lora_jax.hf.peft.experts import by_expert
 from lora_jax.hf.peft.tensors import SWAPPED
 
 GATE_UP = "gate_up_proj"
 # A module of experts -> llama.cpp's name.
 EXPERTS = {
-    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", GATE_UP: "ffn_gate_up_exps",
+    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", GATE_UP: FUSED,
     "down_proj": "ffn_down_exps",
 }  # fmt: skip
 # In the order in which PEFT nests their adapters, the inner one first -> our modules.

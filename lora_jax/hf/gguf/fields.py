@@ -200,6 +200,52 @@ def llama4(stated: Stated) -> dict[str, Any]:
     }
 
 
+def modernbert(stated: Stated) -> dict[str, Any]:
+    """ModernBERT's fields; without a window in the file no block slides.
+
+    Raises:
+      ValueError: a decoder, or a key that is no number.
+    """
+    facts, blocks = _both_ways(stated), stated.facts["block_count"]
+    key = "attention.sliding_window_pattern"
+    if isinstance(facts.get(key), list):
+        slides = _each(facts, key, blocks)
+    else:
+        every = _whole({key: 3, **facts}, key)
+        slides = [block % every for block in range(blocks)]
+    window = facts.get("attention.sliding_window", 0)
+    return {
+        "layer_types": [_KINDS[bool(slide and window)] for slide in slides],
+        "local_attention": _whole(facts, "attention.sliding_window") if window else 128,
+        "local_rope_theta": _base(facts, "rope.freq_base_swa"),
+        "global_rope_theta": _base(facts, "rope.freq_base"),
+        "hidden_activation": facts.get("hidden_activation", "gelu"),
+    }
+
+
+def bert(stated: Stated) -> dict[str, Any]:
+    """The number of types that BERT's tokens have.
+
+    Raises:
+      ValueError: a decoder, or no table of types.
+    """
+    _both_ways(stated)
+    table = stated.shapes.get("embeddings.token_type_embeddings.weight")
+    if table is None:
+        raise ValueError(
+            "the tensor `token_types.weight` is missing, as in files of DistilBERT, which is read "
+            "from its Hugging Face directory alone"
+        )
+    return {"type_vocab_size": table[0]}
+
+
+def _both_ways(stated: Stated) -> Mapping[str, Any]:
+    """The facts of an encoder, whose tokens attend to those behind them too."""
+    if stated.facts.get("attention.causal", False):
+        raise ValueError("`attention.causal` is true, which is no encoder's, not supported")
+    return stated.facts
+
+
 def short(value: float) -> float:
     """The shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))

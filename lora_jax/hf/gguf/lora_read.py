@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import (
     EXPERTS,
     GATE_UP,
@@ -54,7 +53,7 @@ def read_gguf_lora(
     """
     file = open_gguf(Path(path), kind="adapter")
     alpha = _check_metadata(file.metadata, base, file.path)
-    modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
+    modules = {theirs: ours for ours, theirs in gguf_names(base).items()}
     pairs: dict[str, FactorPair] = {}
     for theirs in _pair_names(file.tensors, file.path):
         if theirs not in modules:
@@ -62,7 +61,7 @@ def read_gguf_lora(
                 f"{file.path}: tensor `{theirs}.weight.lora_a` has no place in a "
                 f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
             )
-        if modules[theirs].endswith(GGUF_ARCHITECTURES[base.architecture].unadapted):
+        if modules[theirs].endswith(base.row.unadapted):
             raise ValueError(
                 f"{file.path}: llama.cpp computes a `{base.architecture}` without its adapter of "
                 f"`{theirs}`; take the adapter that it was made of"
@@ -71,7 +70,7 @@ def read_gguf_lora(
         pairs[modules[theirs]] = _pair(
             a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
         )
-    row = GGUF_ARCHITECTURES[base.architecture]
+    row = base.row
     by = None if params is None else multipliers(params, row)
     pairs = multiplied(whole(together(pairs), base), row, by, inverse=True)
     config = with_name(_config(pairs, base), _base_name(file.metadata))
@@ -115,7 +114,7 @@ def load_gguf_lora(
         lambda c: plan(c, fn, params, *args, **kwargs),
         params,
         source=str(path),
-        model_type=GGUF_ARCHITECTURES[base.architecture].model_type,
+        model_type=base.row.model_type,
         base_model_name=base_model_name,
     )
 
@@ -251,7 +250,7 @@ def _short(number: float) -> float:
 
 def _parameters(names: list[str], base: Base) -> tuple[str, ...]:
     """Entries for target_parameters that match exactly these."""
-    row, rest = GGUF_ARCHITECTURES[base.architecture], set(names)
+    row, rest = base.row, set(names)
     for entry in (f"{row.experts}.{last}" for last in (GATE_UP, "down_proj")):
         every = {f"{row.stack}.{i}.{entry}" for i in range(base.layers)}
         if every <= rest:
@@ -261,7 +260,7 @@ def _parameters(names: list[str], base: Base) -> tuple[str, ...]:
 
 def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
     """Entries for target_modules that match exactly these: ends of names that all blocks share."""
-    row = GGUF_ARCHITECTURES[base.architecture]
+    row = base.row
     stack, inner = row.stack, row.linears
     rest, targets = set(modules), []
     for module in inner:
@@ -269,6 +268,8 @@ def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
         everywhere = {f"{stack}.{i}.{module}" for i in range(base.layers)}
         last = module.rpartition(".")[2]
         if everywhere <= rest:
+            if any(other.endswith(f".{module}") for other in inner):
+                continue  # the entry would match that too
             unique = sum(other.rpartition(".")[2] == last for other in inner) == 1
             targets.append(last if unique else module)
             rest -= everywhere

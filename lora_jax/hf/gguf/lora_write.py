@@ -30,7 +30,6 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, multiplied, multipliers
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.halves import halved
@@ -93,7 +92,7 @@ def save_gguf_lora(
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
     check_argument("hf.save_gguf_lora(path, lora_params, config, base=base)", "base", base, Base)
-    row = GGUF_ARCHITECTURES[base.architecture]
+    row = base.row
     tensors = to_peft(lora_params, config, model_type=row.model_type)[1]
     config = with_fused_experts(leaves_by_path(lora_params), config)
     config = with_name(config, base_model_name)
@@ -116,16 +115,16 @@ def to_gguf(
     """
     # llama.cpp reads A, B and one alpha, and ignores anything else without an error.
     _check_plain(config)
-    names = gguf_names(base.architecture, base.layers)
+    names = gguf_names(base)
     # llama.cpp names a decoder alike wherever it is.
     config, tensors = respelled(config, tensors, names)
-    row = GGUF_ARCHITECTURES[base.architecture]
+    row = base.row
     if row.experts:
         paths, swapped = [f".{row.experts}.{GATE_UP}"], row.model_type in SWAPPED
         config, tensors = fused(config, tensors, paths, "the adapter", swapped=swapped)
     pairs = _pairs(tensors, config, base)
-    if row.encoder:  # whose names begin with it inside a model with a head
-        pairs = {module.removeprefix("model."): pair for module, pair in pairs.items()}
+    for outer in row.encoder:
+        pairs = {module.removeprefix(f"{outer}."): pair for module, pair in pairs.items()}
     _check_applied(pairs, base)
     pairs = multiplied(halved(pairs, base), row, by)
     alpha = _common_alpha(pairs)
@@ -149,7 +148,7 @@ def to_gguf(
 
 
 def _check_applied(pairs: Mapping[str, FactorPair], base: Base) -> None:
-    row = GGUF_ARCHITECTURES[base.architecture]
+    row = base.row
     if names := [name for name in pairs if name.endswith(row.unadapted)]:
         applied = (name.rpartition(".")[2] for name in row.linears if name not in row.unadapted)
         raise ValueError(
@@ -190,7 +189,7 @@ def _pairs(
             rank = matching.rank_of(config, name) if parameter else a.shape[0]
             scale = matching.scale_of(config, rank, matching.alpha_of(config, name))
             pair = FactorPair(a, b, scale * rank, embedding)
-            row = GGUF_ARCHITECTURES[base.architecture]
+            row = base.row
             pairs |= apart(parameter, pair, rank, row) if parameter else {module: pair}
     _check_rest(tensors, pairs, base)
     return pairs

@@ -13,7 +13,9 @@ import numpy as np
 from lora_jax.config.arguments import check_argument
 from lora_jax.files import read_json
 from lora_jax.hf.gguf.architectures import (
+    FUSED,
     GGUF_ARCHITECTURES,
+    GgufArchitecture,
     gguf_architecture,
     their_names,
 )
@@ -27,6 +29,8 @@ ARCHITECTURE_OF: Mapping[str, str] = {
     **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items()},
     **{"mistral": "llama", "mixtral": "llama"},
     **{"deepseek_v2": "deepseek2", "glm4_moe_lite": "deepseek2"},
+    **{"qwen2_5_vl": "qwen2vl", "ministral3": "mistral3"},
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "bert"),
 }
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
@@ -43,6 +47,7 @@ class Base(NamedTuple):
       vocab_size: rows of the embedding table.
       tied: the output head is the embedding table.
       delta: heads of its delta nets, or None without them.
+      fused: gate and up of all experts are one tensor of the file.
     """
 
     architecture: str
@@ -52,6 +57,13 @@ class Base(NamedTuple):
     vocab_size: int
     tied: bool
     delta: DeltaHeads | None = None
+    fused: bool = False
+
+    @property
+    def row(self) -> GgufArchitecture:
+        """The modules of the architecture, as this base's file has them."""
+        row = GGUF_ARCHITECTURES[self.architecture]
+        return row._replace(fused=row.fused or self.fused)
 
 
 def base_from_hf(raw: Mapping[str, Any]) -> Base:
@@ -60,20 +72,37 @@ def base_from_hf(raw: Mapping[str, Any]) -> Base:
     Raises:
       ValueError: a family for which llama.cpp's names are not known here, or a size is missing.
     """
+    raw = _decoder_of(raw)
     kind = str(raw.get("model_type"))
     if kind not in ARCHITECTURE_OF:
         known = ", ".join(ARCHITECTURE_OF)
         raise ValueError(f"config: llama.cpp's names of model_type `{kind}` are not known: {known}")
     heads = _first(raw, "num_attention_heads", "n_head")
+    # The head of words, which is the embedding table, is no part of an encoder's file.
+    encoder = GGUF_ARCHITECTURES[ARCHITECTURE_OF[kind]].encoder
+    tied = not encoder and bool(raw.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT))
     return Base(
         architecture=ARCHITECTURE_OF[kind],
         layers=_first(raw, "num_hidden_layers", "n_layer"),
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
         vocab_size=_first(raw, "vocab_size"),
-        tied=bool(raw.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT)),
+        tied=tied,
         delta=delta_of(raw),
     )
+
+
+def _decoder_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the decoder in a model of images and texts, or of the model."""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        return raw
+    # Either place may tie head and embedding.
+    tie = "tie_word_embeddings"
+    ties = [part[tie] for part in (raw, text) if part.get(tie) is not None]
+    # llama.cpp has architectures of its own for some.
+    own = {name: raw[name] for name in ("model_type",) if raw[name] in ARCHITECTURE_OF}
+    return {**text, **own, **({tie: any(ties)} if ties else {})}
 
 
 def _first(raw: Mapping[str, Any], *names: str) -> int:
@@ -130,22 +159,23 @@ def _from_gguf(path: Path) -> Base:
         # llama.cpp's converter writes no head where it is the embedding table.
         tied="output.weight" not in file.tensors and not GGUF_ARCHITECTURES[kind].encoder,
         delta=delta_of_file(facts),
+        fused=any(name.endswith(f"{FUSED}.weight") for name in file.tensors)
+        and not GGUF_ARCHITECTURES[kind].fused,
     )
 
 
-def gguf_names(architecture: str, layers: int) -> dict[str, str]:
+def gguf_names(base: Base) -> dict[str, str]:
     """llama.cpp's name of every module that may carry an adapter, by Hugging Face's name.
 
     Raises:
       ValueError: the architecture is not known here.
     """
-    table = their_names(architecture)
-    row = GGUF_ARCHITECTURES[architecture]
+    row, table = base.row, their_names(base.architecture)
     names = {module: table[module] for module in row.outer[:2] if module in table}
     for module in row.linears:
         theirs = table[module]
-        names |= {f"{row.stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(layers)}
-    for block in range(layers):
+        names |= {f"{row.stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(base.layers)}
+    for block in range(base.layers):
         names |= expert_names(row, block)
     return names
 

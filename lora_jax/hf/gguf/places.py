@@ -55,14 +55,15 @@ def places_of(file: Gguf) -> dict[str, Place]:
             found[f"{start}{odd}"] = Place(name, odd)
             continue
         if module is None or ending not in ("weight", "bias"):
-            where = f"no place in a decoder of the architecture `{kind}`"
+            where = f"no place in the architecture `{kind}`"
             raise ValueError(f"{file.path}: tensor `{name}` has {where}")
         if (experts := re.fullmatch(r"((?:.+\.)?experts)\.(\w+)", module)) and len(
             tensor.shape
         ) == 3:
             first, last = experts.groups()
+            names = ("w1", "w3") if row.both.startswith("block_") else ("gate_proj", "up_proj")
             for n, (each, rows) in product(
-                range(tensor.shape[0]), _parts_of(last, tensor.shape[1])
+                range(tensor.shape[0]), _parts_of(last, names, tensor.shape[1])
             ):
                 found[f"{start}{first}.{n}.{each}.{ending}"] = Place(name, module, n, rows)
         else:
@@ -77,11 +78,11 @@ def inside_of(file: Gguf, place: Place) -> tuple[int, ...]:
     return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
 
 
-def _parts_of(experts: str, rows: int) -> list[tuple[str, slice | None]]:
+def _parts_of(experts: str, names: tuple[str, str], rows: int) -> list[tuple[str, slice | None]]:
     """The linear layers of an expert in one tensor, and the rows of each."""
     if experts != "gate_up_proj":
         return [(experts, None)]
-    return [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
+    return [(names[0], slice(0, rows // 2)), (names[1], slice(rows // 2, rows))]
 
 
 def _parts(name: str) -> tuple[int | None, str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, blocks_of
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.hf.gguf.file import Gguf, of_bytes, read_tensor
 from lora_jax.hf.gguf.layout import join_kv, join_qkvz
@@ -41,10 +41,10 @@ def weights_of(file: Gguf) -> Weights:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
     kind = gguf_architecture(file.metadata, file.path)
-    if GGUF_ARCHITECTURES[kind].encoder:
+    if not GGUF_ARCHITECTURES[kind].keys:
         raise ValueError(
-            f"{file.path}: a `{kind}` is an encoder, of which only adapters are read and written "
-            "as GGUF: load it from its Hugging Face directory"
+            f"{file.path}: of the architecture `{kind}`, models of images and texts, only adapters "
+            "are read and written as GGUF: load the model from its Hugging Face directory"
         )
     theirs = places_of(file)
     plain, halves = _plain(file, theirs), halves_of(file, theirs)
@@ -67,13 +67,14 @@ def weights_of(file: Gguf) -> Weights:
         if part:
             first, last = (n // kind.inputs * kind.size for n in (part[1].start, part[1].stop))
             rows = np.ascontiguousarray(rows[part[0], first:last])
-        return from_gguf(rows, kinds[name], roles="oi", name=f"{file.path}: {name}")
+        slab = held[name].slab or held[name].block
+        return from_gguf(rows, kinds[name], roles="oi", slab=slab, name=f"{file.path}: {name}")
 
     def rest(found: Mapping[str, Any]) -> dict[str, Any]:
         return {name: x for name, x in found.items() if name not in parts}
 
     shapes = {n: _joined_shape(file, each, plain.shapes) for n, each in halves.items()}
-    held = {name: _blocks(kind) for name, kind in kinds.items() if kind}
+    held = {name: _blocks(kind, shapes[name][1]) for name, kind in kinds.items() if kind}
     return plain._replace(
         shapes=rest(plain.shapes) | shapes,
         read=read,
@@ -128,21 +129,26 @@ def _plain(file: Gguf, theirs: Mapping[str, Place]) -> Weights:
         inside, _ = of_bytes(file, place.tensor, there(name, part))
         rows = one(name, file.stored(place.tensor, inside))
         roles = "io" if place.turned else "oi"
-        return from_gguf(rows, types[name], roles=roles, order=order, name=where)
+        slab = held[name].slab or held[name].block
+        return from_gguf(rows, types[name], roles=roles, order=order, slab=slab, name=where)
 
-    held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
+    held = {
+        name: _blocks(types[name], sizes[name][-1], columns_of(file, place) is not None)
+        for name, place in theirs.items()
+        if types[name] in GGUF_KINDS and len(shapes[name]) == 2
+    }
     return Weights(
         source=str(file.path),
         shapes=shapes,
         read=read,
         where=lambda name: file.path.name,
-        formats={n: _blocks(types[n], columns_of(file, theirs[n]) is not None) for n in held},
+        formats=held,
         blocks=blocks,
     )
 
 
-def _blocks(kind: str, ordered: bool = False) -> Blocks:
-    return Blocks(GGUF_KINDS[kind].format, GGUF_KINDS[kind].block, ordered=ordered)
+def _blocks(kind: str, inputs: int, ordered: bool = False) -> Blocks:
+    return blocks_of(GGUF_KINDS[kind].format, GGUF_KINDS[kind].block, inputs, ordered=ordered)
 
 
 def _joined(file: Gguf, halves: Halves, first: np.ndarray, second: np.ndarray) -> np.ndarray:

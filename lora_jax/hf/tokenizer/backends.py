@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
+from lora_jax.hf.tokenizer import wordpiece
 
 # llama.cpp's token types. Both kinds are cut out of a text before it is split.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -84,6 +85,7 @@ class Split(NamedTuple):
       whole_words: a piece that is a token is not built from merges.
       normalize: text is brought to Unicode NFC first.
       bos: a text starts with BOS, where the file does not decide it.
+      one_sep: one token is between the two texts of a pair, and not EOS and SEP.
     """
 
     regex: str | tuple[str, ...] | None = None
@@ -91,12 +93,14 @@ class Split(NamedTuple):
     whole_words: bool = False
     normalize: bool = False
     bos: bool = False
+    one_sep: bool = False
 
 
 _LLAMA3_SPLIT = Split(regex=_LLAMA3, whole_words=True, bos=True)
 SPLITS: Mapping[str, Split] = {
     "gpt-2": Split(),
-    "phi-2": Split(),
+    **dict.fromkeys(("phi-2", "roberta-bpe"), Split()),
+    "modern-bert": Split(one_sep=True),
     "olmo": Split(normalize=True),
     **dict.fromkeys(("smollm", "starcoder", "refact"), Split(digits=True)),
     "command-r": Split(digits=True, normalize=True),
@@ -132,11 +136,13 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
         metadata = {"tokenizer.ggml.add_space_prefix": False, **metadata,
                     "tokenizer.ggml.add_bos_token": True}  # fmt: skip
         return _sentence_pieces(metadata, *_tables(metadata, path), path)
+    if kind == "bert":
+        return _word_pieces(metadata, path)
     if kind != "gpt2":
         raise ValueError(
             f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
-            "(byte-level BPE), `llama` (SentencePiece) and `gemma4`; load the model from its "
-            "Hugging Face directory"
+            "(byte-level BPE), `llama` (SentencePiece), `bert` (WordPiece) and `gemma4`; load the "
+            "model from its Hugging Face directory"
         )
     name = str(metadata.get("tokenizer.ggml.pre"))
     # No default: a wrong split gives valid tokens that the model never saw.
@@ -167,11 +173,37 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path) -> Any:
     tokenizer.decoder = library.decoders.ByteLevel()
     _add_special(tokenizer, metadata, tokens, path)
     plain = library.processors.ByteLevel(trim_offsets=False)
-    around = _around(metadata, tokens, bos=split.bos)
+    around = _around(metadata, tokens, bos=split.bos, one_sep=split.one_sep)
     tokenizer.post_processor = (
         plain if around is None else library.processors.Sequence([plain, around])
     )
     return tokenizer
+
+
+_OF_BERT = dict(
+    zip(wordpiece.SPECIAL, ("unknown", "seperator", "padding", "cls", "mask"), strict=True)
+)
+
+
+def _word_pieces(metadata: Mapping[str, Any], path: Path) -> Any:
+    """BERT's; a piece that begins a word has a sign of a space there, and others have no `##`."""
+    tokens = _texts(metadata, "tokens", path)
+    found = {n: special_token(metadata, tokens, f"{key}_token_id") for n, key in _OF_BERT.items()}
+    found["cls_token"] = found["cls_token"] or special_token(metadata, tokens, "bos_token_id")
+    if missing := [name for name, token in found.items() if token is None]:
+        raise ValueError(f"{path}: the tokenizer lacks the numbers of {', '.join(missing)}")
+    types = _types(metadata, tokens, path)
+    whole = {*found.values(), *(tokens[n] for n, kind in enumerate(types) if kind == _CONTROL)}
+    pieces = [t if t in whole else t[1:] if t.startswith(_SPACE) else f"##{t}" for t in tokens]
+    if len(set(pieces)) < len(pieces):
+        raise ValueError(f"{path}: the tokenizer has the same piece twice")
+    flags = {}
+    for ours, theirs in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents")):
+        flag = metadata.get(f"tokenizer.ggml.normalizer.{theirs}")
+        if flag not in (None, True, False):
+            raise ValueError(f"{path}: `tokenizer.ggml.normalizer.{theirs}` must be true or false")
+        flags |= {} if flag is None else {ours: bool(flag)}
+    return wordpiece.of_pieces({piece: n for n, piece in enumerate(pieces)}, flags, found)
 
 
 def _scored(
@@ -236,9 +268,7 @@ def _add_special(
 ) -> None:
     """Adds the tokens that are cut out of a text before it is split."""
     library = require("tokenizers")
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise ValueError(f"{path}: the tokenizer does not give every token its type")
+    types = _types(metadata, tokens, path)
     for kind in (_CONTROL, _USER_DEFINED):
         special = kind == _CONTROL
         tokenizer.add_tokens(
@@ -248,6 +278,13 @@ def _add_special(
                 if its == kind
             ]
         )
+
+
+def _types(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> list[Any]:
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{path}: the tokenizer does not give every token its type")
+    return types
 
 
 def _texts(metadata: Mapping[str, Any], name: str, path: Path) -> list[str]:
@@ -292,24 +329,28 @@ def _pre_tokenizer(split: Split) -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
 
 
-def _around(metadata: Mapping[str, Any], tokens: list[str], *, bos: bool) -> Any:
+def _around(
+    metadata: Mapping[str, Any], tokens: list[str], *, bos: bool, one_sep: bool = False
+) -> Any:
     """BOS or EOS around a text, where the file's flags add them; None for neither.
 
-    `bos` says whether BOS is added where the file does not.
+    `bos` says whether BOS is added where the file does not; `one_sep` as in `Split`.
     """
     processors = require("tokenizers").processors
 
-    def token_around(name: str, default: bool) -> str | None:
+    def token_around(name: str, default: bool, spelled: str | None = None) -> str | None:
         add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-        return special_token(metadata, tokens, f"{name}_token_id") if add else None
+        return special_token(metadata, tokens, f"{spelled or name}_token_id") if add else None
 
     first, last = token_around("bos", bos), token_around("eos", False)
     if first is None and last is None:
         return None
-    around = [t for t in (first, last) if t is not None]
-    single = " ".join(t for t in (first and f"{first}:0", "$A:0", last and f"{last}:0") if t)
+    between = None if one_sep else token_around("sep", False, "seperator")
+    around = list(dict.fromkeys(t for t in (first, last, between) if t is not None))
+    single = " ".join(f"{t}:0" for t in (first, "$A", last) if t)
+    pair = " ".join(f"{t}:0" for t in (first, "$A", last, between, "$B", last) if t)
     return processors.TemplateProcessing(
-        single=single, special_tokens=[(t, tokens.index(t)) for t in around]
+        single=single, pair=pair, special_tokens=[(t, tokens.index(t)) for t in around]
     )
 
 

@@ -26,6 +26,9 @@ _GGUF_SPECIAL = {
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "sep_token": "seperator_token_id",
+    "mask_token": "mask_token_id",
 }
 
 

@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer from a bare vocab.txt, as transformers builds it."""
+"""BERT's WordPiece tokenizer from its pieces, as transformers builds it of a bare vocab.txt."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +31,15 @@ def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -
     Raises:
       ValueError: not text, a piece that occurs twice, or a special token that is missing.
     """
+    return of_pieces(_vocabulary(path, special), settings, special)
+
+
+def of_pieces(
+    pieces: Mapping[str, int], settings: Mapping[str, Any], special: Mapping[str, Any]
+) -> Any:
+    """As `build`, of pieces and their ids."""
     made = require("tokenizers").BertWordPieceTokenizer(
-        vocab=_vocabulary(path, special),
+        vocab=dict(pieces),
         **special,
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),

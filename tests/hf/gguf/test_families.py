@@ -11,18 +11,30 @@ from gguf import GGMLQuantizationType
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.array import leaves_by_path
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import FactorPair, multipliers, together
 from lora_jax.hf.gguf.fields import Stated
-from lora_jax.hf.gguf.file import read_tensor
+from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, read_base
 from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
+from lora_jax.quant.array import is_quant
 
-from tests.support.gguf_families import ADDED, CASES, DIVISORS, OWN, TOKENS, exported, write
-from tests.support.gguf_files import adapted, config_with, writing
+from tests.support.gguf_families import (
+    ADDED,
+    CASES,
+    DIVISORS,
+    ENCODERS,
+    OWN,
+    TOKENS,
+    exported,
+    write,
+    write_encoder,
+)
+from tests.support.gguf_files import adapted, config_with
 
 pytestmark = pytest.mark.once
 
@@ -35,7 +47,7 @@ EXPERTS = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in S
 def test_every_family_is_tested():
     rows = GGUF_ARCHITECTURES.values()
     others = {"mixtral", "deepseek_v2", "glm4_moe_lite"}
-    assert set(CASES) == {row.model_type for row in rows if not row.encoder} | others
+    assert {*CASES, "modernbert", "bert"} == {r.model_type for r in rows if r.keys} | others
 
 
 @pytest.mark.parametrize("family", EACH)
@@ -102,6 +114,29 @@ def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
         changed = read_tensor(file, weight) + scale * (b @ a) / by
         np.testing.assert_allclose(changed, theirs[weight], rtol=1e-5, atol=1e-5)
     assert a.shape[:2] == (4, 2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_gate_and_up_of_experts_may_be_one_tensor_of_a_file(family, tmp_path):
+    """As `convert_hf_to_gguf.py --fuse-gate-up-exps` writes them; llama.cpp adapts the one."""
+    model, params = write(tmp_path / "m.gguf", family, fused=True)
+    loaded = models.load(tmp_path / "m.gguf")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    base = base_of(loaded)
+    assert base.fused and base == read_base(tmp_path / "m.gguf")
+    assert not base_of(model.config).fused
+    config = config_with(target_parameters=("gate_up_proj", "experts.down_proj"))
+    tree = adapted(loaded, config)
+    save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base)
+    file = open_gguf(tmp_path / "a.gguf", kind="adapter")
+    experts = {name for name in file.tensors if name.startswith("blk.0.ffn")}
+    assert experts == {
+        f"blk.0.ffn_{x}_exps.weight.lora_{y}" for x in ("gate_up", "down") for y in "ab"
+    }
+    back, _ = load_gguf_lora(tmp_path / "a.gguf", loaded.apply, loaded.params, TOKENS, base=base)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    with pytest.raises(ValueError, match="`blk.0.ffn_gate_up_exps.weight.lora_a` has no place"):
+        read_gguf_lora(tmp_path / "a.gguf", base=base_of(model.config))
 
 
 def test_adapters_of_gate_and_up_apart_are_one_of_both_ranks():
@@ -242,7 +277,65 @@ def test_adapters_of_gemma4s_experts_need_the_base(tmp_path):
     np.testing.assert_allclose(back[f"{module}.lora_A.weight"], a, rtol=1e-6)
 
 
-def test_adapters_of_an_encoder_are_written_and_its_base_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_is_the_model_it_was_made_of(kind, tmp_path):
+    model, params = write_encoder(tmp_path / "m.gguf", kind, ENCODERS[kind])
+    loaded = models.load(tmp_path / "m.gguf")
+    want, got = leaves_by_path(params), leaves_by_path(loaded.params)
+    table = "embeddings.position_embeddings.embedding"
+    if kind == "roberta":  # its first rows are of no token
+        want[table] = want[table][2:]
+    assert {*got} == {path for path in want if not path.startswith("pooler")}
+    for path, x in got.items():
+        np.testing.assert_array_equal(x, want[path])
+    tokens = TOKENS + 2  # no padding, which RoBERTa's positions leave out
+    ours, theirs = loaded.apply(loaded.params, tokens), model.apply(params, tokens)
+    # float32, of programs with other layouts of the table.
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    base = base_of(loaded.config)
+    assert (
+        read_base(tmp_path / "m.gguf")
+        == base
+        == base_of(model.config)._replace(vocab_size=base.vocab_size)
+    )
+    row = GGUF_ARCHITECTURES[base.architecture]
+    for targets in (row.linears, row.linears[-1:]):
+        config = config_with(target_modules=rf".*\d\.({'|'.join(targets)})")
+        tree = adapted(loaded, config)
+        save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base)
+        back, _ = load_gguf_lora(
+            tmp_path / "a.gguf", loaded.apply, loaded.params, TOKENS, base=base
+        )
+        jax.tree.map(np.testing.assert_array_equal, back, tree)
+    with pytest.raises(ValueError, match="pass `fresh_head`"):
+        models.load_encoder(tmp_path / "m.gguf", task="token-classification")
+
+
+def test_an_encoders_file_is_held_given_a_head_and_merged(tmp_path):
+    write_encoder(tmp_path / "m.gguf", "modernbert", {}, GGMLQuantizationType.Q8_0)
+    head: Any = dict(labels=("a", "b", "c"), fresh_head=jax.random.key(0))
+    held, floats = (models.load(tmp_path / "m.gguf", quantize=q, **head) for q in ("file", None))
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    assert held.apply(held.params, TOKENS).shape == (2, 3)
+    blocks = [x for x in leaves_by_path(held.params).values() if is_quant(x)]
+    assert len(blocks) == 9 and {x.format for x in blocks} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    "kind, fact, text",
+    [
+        ("modernbert", {"attention.causal": True}, "`attention.causal` is true"),
+        ("modernbert", {"attention.sliding_window_pattern": 0}, "must be a whole number above 0"),
+        ("bert", {"token_types": None}, "`token_types.weight` is missing, as in files of Distil"),
+    ],
+)
+def test_encoders_that_are_not_read_are_refused(kind, fact, text, tmp_path):
+    write_encoder(tmp_path / "m.gguf", kind, {}, facts=fact)
+    with pytest.raises(ValueError, match=text):
+        models.load(tmp_path / "m.gguf")
+
+
+def test_adapters_of_an_encoder_have_its_names_inside_a_head(tmp_path):
     rng, base = np.random.default_rng(0), Base("modern-bert", 2, 4, 4, 64, False)
     config = config_with(target_modules=("Wqkv",), rank=2, alpha=2)
     a, b = rng.normal(size=(2, 8)), rng.normal(size=(24, 2))
@@ -253,10 +346,3 @@ def test_adapters_of_an_encoder_are_written_and_its_base_is_refused(tmp_path):
     write_gguf_lora(tmp_path / "a.gguf", found, base)
     _, back = read_gguf_lora(tmp_path / "a.gguf", base=base)
     assert set(back) == {f"base_model.model.layers.1.attn.Wqkv.lora_{x}.weight" for x in "AB"}
-    with writing(tmp_path / "m.gguf", "modern-bert") as writer:
-        writer.add_block_count(2)
-        writer.add_head_count(4)
-        writer.add_tensor("token_embd.weight", np.ones((64, 8), np.float32))
-    assert read_base(tmp_path / "m.gguf") == base
-    with pytest.raises(ValueError, match="`modern-bert` is an encoder, of which only adapters"):
-        models.load(tmp_path / "m.gguf")

@@ -250,13 +250,16 @@ def test_tensors_without_a_place(untied):
 
 
 def test_names_are_the_gguf_packages():
-    assert names_of("llama", 12)["model.layers.11.self_attn.q_proj"] == "blk.11.attn_q"
+    assert names_of(BASE._replace(layers=12))["model.layers.11.self_attn.q_proj"] == "blk.11.attn_q"
     for arch, row in GGUF_ARCHITECTURES.items():
         kind = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
         table = get_tensor_name_map(kind, 2)
-        names = names_of(arch, 2)
+        names = names_of(BASE._replace(architecture=arch))
         assert len(names) == len(set(names.values())) >= 2 * len(row.linears)
         assert all(table[module] == theirs for module, theirs in names.items())
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9}
 
 
 @pytest.mark.parametrize(
@@ -268,6 +271,13 @@ def test_names_are_the_gguf_packages():
          Base("gpt2", 2, 4, 4, 9, True)),
         ({"model_type": "gemma3_text", "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 1, "vocab_size": 9}, Base("gemma3", 2, 4, 1, 9, True)),
+        # Of images and texts: llama.cpp has architectures of its own for some.
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **SMALL}},
+         Base("gemma3", 2, 4, 4, 9, True)),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral", **SMALL}},
+         Base("mistral3", 2, 4, 4, 9, False)),
+        ({"model_type": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": SMALL},
+         Base("qwen2vl", 2, 4, 4, 9, True)),
     ],
 )  # fmt: skip
 def test_a_base_from_its_config(raw, base):

@@ -362,10 +362,21 @@ def test_a_gguf_may_ask_for_bos_and_eos(tmp_path):
     assert encode(pre="llama-bpe", add_bos_token=False) == [2, 4]
 
 
+def test_a_pair_of_texts_is_cut_as_its_encoder_reads_it(tmp_path):
+    """ModernBERT has one SEP between two texts, RoBERTa two."""
+    keys = {"add_bos_token": True, "add_eos_token": True, "add_sep_token": True,
+            "seperator_token_id": 3}  # fmt: skip
+    for name, between in (("modern-bert", [3]), ("roberta-bpe", [3, 3])):
+        own = {f"tokenizer.ggml.{k}": v for k, v in {**keys, "pre": name}.items()}
+        tokenizer = from_gguf({**GGUF, **own}, path=tmp_path)
+        assert tokenizer.encode("ab") == [3, 2, 3]
+        assert tokenizer.encoded("ab", "c").ids == [3, 2, *between, 4, 3]
+
+
 # The pieces of a text as the real llama.cpp (xllamacpp 2026.10) cuts it; `_` is a space.
 TEXT = "camelCase's 1234\r\n  -- //\n "
 SPLIT = {
-    "gpt-2 phi-2 olmo": "camelCase|'s|_1234|\r\n_|_--|_//|\n_",
+    "gpt-2 phi-2 olmo roberta-bpe modern-bert": "camelCase|'s|_1234|\r\n_|_--|_//|\n_",
     "smollm starcoder refact command-r": "camelCase|'s|_|1|2|3|4|\r\n_|_--|_//|\n_",
     "deepseek-llm": "camelCase|'|s|_|1234|\r|\n|_|_--|_//|\n|_",
     "deepseek-coder": "camelCase|'|s|_|1|2|3|4|\r|\n|_|_--|_//|\n|_",
@@ -433,7 +444,8 @@ def test_llama3_takes_a_word_of_the_vocabulary_whole(tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"model": "bert"}, "tokenizer of kind `bert` cannot be built"),
+        ({"model": "t5"}, "tokenizer of kind `t5` cannot be built"),
+        ({"model": "bert"}, "lacks the numbers of unk_token, sep_token, pad_token, mask_token"),
         ({"pre": "viking"}, "`tokenizer.ggml.pre` is `viking`, not one of gpt-2, phi-2"),
         ({"pre": None}, "`tokenizer.ggml.pre` is `None`"),
         ({"merges": None}, "merges are not a list of texts"),

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 
 from lora_jax.hf.tokenizer.directory import from_directory
+from lora_jax.hf.tokenizer.tokenizer import from_gguf
 
 from tests.support.oracle import oracle
 from tests.support.their_tokenizers import encoded, transformers_reads
@@ -33,6 +34,52 @@ def write_vocabulary(directory, pieces=PIECES, **settings):
     (directory / "tokenizer_config.json").write_text(json.dumps(given))
     (directory / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return directory
+
+
+def as_gguf(**settings):
+    """The keys of the pieces in a GGUF file: words begin with a sign, and others have no `##`."""
+    pieces = [p if p[0] == "[" else p[2:] if p[:2] == "##" else f"\u2581{p}" for p in PIECES]
+    numbers = dict(padding=0, unknown=1, bos=2, seperator=3, mask=4)
+    keys = {
+        "model": "bert", "tokens": pieces, "token_type": [3] * 5 + [1] * (len(pieces) - 5),
+        **{f"{name}_token_id": n for name, n in numbers.items()},
+        **{f"normalizer.{name}": on for name, on in settings.items()},
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+@pytest.mark.parametrize(
+    "stated, settings",
+    [
+        ({}, {}),
+        ({"lowercase": False}, {"do_lower_case": False}),
+        ({"lowercase": True, "strip_accents": False}, {"strip_accents": False}),
+    ],
+    ids=str,
+)
+def test_pieces_of_a_gguf_are_those_of_a_vocabulary(stated, settings, tmp_path):
+    ours = from_gguf(as_gguf(**stated), path=tmp_path / "a.gguf")
+    want = from_directory(write_vocabulary(tmp_path, **settings))
+    for text in TEXTS:
+        assert ours.encode(text) == want.encode(text), text
+    pairs = [tokenizer.encoded(TEXTS[0], TEXTS[3]) for tokenizer in (ours, want)]
+    assert pairs[0].ids == pairs[1].ids and pairs[0].type_ids == pairs[1].type_ids
+    assert ours.decode(ours.encode("unaffable")) == want.decode(want.encode("unaffable"))
+    assert (ours.pad_id, ours.vocab_size) == (0, len(PIECES))
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"normalizer.lowercase": "yes"}, "`tokenizer.ggml.normalizer.lowercase` must be true or"),
+        ({"seperator_token_id": 99}, "lacks the numbers of sep_token"),
+        ({"token_type": [1]}, "does not give every token its type"),
+    ],
+)
+def test_pieces_of_a_gguf_that_cannot_be_built(change, text, tmp_path):
+    keys = as_gguf() | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    with pytest.raises(ValueError, match=rf"a\.gguf: .*({text})"):
+        from_gguf(keys, path=tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
