@@ -23,7 +23,7 @@ from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.bert_parts import Attending, Build, Dense, DistilLayer, Embeddings, Layer
 from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows
 from lora_jax.models.heads import FEATURES, Head, nested
-from lora_jax.models.layers import ACTIVATIONS, logits_of, on_rows, run_blocks
+from lora_jax.models.layers import ACTIVATIONS, logits_of, on_rows, run_blocks, stack_of
 
 
 class Features(NamedTuple):
@@ -45,9 +45,9 @@ class Stack(nnx.Module):
     blocks named by their number. DeBERTa's have a table of distances in common.
     """
 
-    def __init__(self, build: Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool | tuple[int, ...]) -> None:
         config = build.config
-        numbers = range(config.num_hidden_layers)
+        numbers = (None,) * config.num_hidden_layers
         block = {
             "distilbert": DistilLayer,
             "deberta": partial(Layer, attention=deberta.SelfAttention),
@@ -59,13 +59,13 @@ class Stack(nnx.Module):
                 self.LayerNorm = build.norm()
             if config.own.taps:
                 self.conv = deberta.Convolution(build)
-        self.layer = block(build) if scan else nnx.Dict({str(i): block(build) for i in numbers})
+        self.layer = stack_of(numbers, lambda _: block(build), scan=scan)
 
 
 class Encoder(nnx.Module):
     """Embeddings, blocks and, where the config has one, the pooler."""
 
-    def __init__(self, build: Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool | tuple[int, ...]) -> None:
         config = build.config
         self.blocks, self.own = config.kind.blocks, config.own
         self.measured = config.kind.family == "deberta" and config.own.distances > 0
@@ -145,7 +145,12 @@ def head_layers(build: Build) -> dict[str, Any]:
 
 
 def make(
-    config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, scan: bool, rngs: nnx.Rngs
+    config: BertConfig,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    scan: bool | tuple[int, ...],
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = Build(config, dtype, param_dtype, rngs)

@@ -28,7 +28,8 @@ class EncoderForward:
       config: the architecture and the task.
       dtype: dtype of the computation; norms, softmax and logits stay float32.
       param_dtype: dtype of the parameters.
-      scan: stack the blocks on a leading axis and scan over them, or keep them apart by number.
+      scan: stack the blocks on a leading axis and scan over them, or keep them apart by number; see
+        `Forward`.
       remat: recompute each block in the backward pass; see `Forward`.
       rows: axes of the mesh that shard the batch; see `Forward`.
       tokens: axis of the mesh that the tokens of a row are spread over; see `Forward`.
@@ -38,7 +39,7 @@ class EncoderForward:
     config: BertConfig
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    scan: bool = True
+    scan: bool | tuple[int, ...] = True
     remat: Remat = False
     rows: tuple[str, ...] = ()
     tokens: str | None = None

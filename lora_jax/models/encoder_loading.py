@@ -1,8 +1,9 @@
 """Loading an encoder from a Hugging Face directory, complete or with a fresh head."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,15 @@ from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.heads import ANSWERS, FEATURES, NAMED, TASKS, Problem, Task
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
-from lora_jax.models.opening import Opened, read_together
+from lora_jax.models.opening import (
+    Found,
+    Opened,
+    opened_gguf,
+    read_together,
+    stacked_by_format,
+)
 from lora_jax.models.sharding import RULES
+from lora_jax.quant.loading import QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
@@ -51,6 +59,7 @@ def load_encoder(
     param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
+    quantize: str | QuantConfig | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> Model:
@@ -61,7 +70,7 @@ def load_encoder(
     unless `fresh_head` draws it.
 
     Args:
-      source: a Hugging Face directory or a hub id.
+      source: a Hugging Face directory, a hub id, or a path to a .gguf file, which has no heads.
       task: "features", "sequence-classification", "masked-lm", "token-classification" or
         "question-answering".
       labels: names of the classes of a fresh classification head.
@@ -72,7 +81,7 @@ def load_encoder(
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
       remat: see `Forward`.
-      mesh, rules: as in `load`.
+      quantize, mesh, rules: as in `load`.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -92,6 +101,7 @@ def load_encoder(
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     head = dict(task=task, labels=labels, fresh_head=fresh_head, problem=problem)
+    head |= dict(quantize=quant_config(quantize))
     own = dict(**head, mesh=mesh, rules=rules)
     with spreading(mesh, rules) as spread:
         return read_together(
@@ -109,39 +119,54 @@ def open_encoder(
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
     problem: Problem | None = None,
+    quantize: QuantConfig | None = None,
 ) -> Opened:
     """As `load_encoder`; the other options are those of `EncoderForward`."""
-    directory = _directory(source)
-    check_links(directory)
-    config = _config(directory / "config.json", task, labels, fresh_head)
+    path = _path(source)
+    _check_head(task, labels, fresh_head)
+    in_file = path.suffix == ".gguf"
+    found = opened_gguf(path) if in_file else _in_directory(path, task)
+    config = _for_task(found, task, labels)
     if fresh_head is not None:
         config = replace(config, problem_type=problem)
-    there = open_directory(directory)
-    check_counts(config, there, directory / "config.json")
-    weights = _as_ours(there, config, chosen=task is not None)
+    # llama.cpp's files have heads that are not the whole of a task's.
+    weights = _as_ours(found.weights, config, chosen=task is not None or in_file)
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     forward = EncoderForward(config=config, **options)
-    tokenizer = from_directory(directory, rows=config.vocab_size)
+    tokenizer = found.tokenizer(config.vocab_size)
 
-    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
-        return forward, _fill(forward, weights, fresh_head, spread)
+    def read(spread: Spread | None, fill: Callable[..., Any] = fill) -> tuple[Any, dict[str, Any]]:
+        held = stacked_by_format(forward, weights, BERT, quantize)
+        filling = partial(fill, family=BERT, quantize=quantize, spread=spread)
+        return held, _fill(held, weights, fresh_head, spread, filling)
 
-    return Opened(Model(forward, {}, tokenizer, checkpoint=directory), weights, read)
+    return Opened(Model(forward, {}, tokenizer, checkpoint=path), weights, read)
 
 
-def _directory(source: str | Path) -> Path:
+def _in_directory(directory: Path, task: Task | None) -> Found:
+    check_links(directory)
+    path = directory / "config.json"
+    raw = read_object(path)
+    try:
+        config = BertConfig.from_hf(raw, task=task)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    weights = open_directory(directory)
+    check_counts(config, weights, path)
+    return Found(config, path, weights, lambda rows: from_directory(directory, rows=rows))
+
+
+def _path(source: str | Path) -> Path:
     check_argument("models.load_encoder(source)", "source", source, (str, os.PathLike))
-    if Path(source).is_dir():
+    if Path(source).is_dir() or Path(source).suffix == ".gguf":
         return Path(source)
     if Path(source).exists():
         raise ValueError(f"{source}: not a directory")
     return snapshot(str(source))
 
 
-def _config(
-    path: Path, task: Task | None, labels: Sequence[str] | None, fresh_head: Array | None
-) -> BertConfig:
+def _check_head(task: Task | None, labels: Sequence[str] | None, fresh_head: Array | None) -> None:
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
     if fresh_head is not None and task not in _DRAWN:
@@ -150,12 +175,19 @@ def _config(
     if labels is not None and fresh_head is None:
         raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
     check_labels(labels or ())
-    raw = read_object(path)
+
+
+def _for_task(found: Found, task: Task | None, labels: Sequence[str] | None) -> BertConfig:
+    """The configuration with a head, of which a GGUF file states nothing."""
+    config = found.config
+    if not isinstance(config, BertConfig):
+        raise ValueError(f"{found.path}: a `{config.model_type}` is no encoder: use `models.load`")
     try:
-        config = BertConfig.from_hf(raw, task=task)
+        if task is not None and task != config.task:
+            config = replace(config, task=task, pooler=config.kind.pools(task))
         return config if labels is None else replace(config, labels=tuple(labels))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{found.path}: {error}") from None
 
 
 def _as_ours(weights: Weights, config: BertConfig, *, chosen: bool) -> Weights:
@@ -188,16 +220,19 @@ def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:
 
 
 def _fill(
-    forward: EncoderForward, weights: Weights, fresh_head: Array | None, spread: Spread | None
+    forward: EncoderForward,
+    weights: Weights,
+    fresh_head: Array | None,
+    spread: Spread | None,
+    filling: Callable[..., Any],
 ) -> dict[str, Any]:
     weights = _without_tied(weights, forward.config, shared=is_shared(spread))
-    shapes = forward.shapes()
-    if fresh_head is None:
-        try:
-            return fill(shapes, weights, family=BERT, spread=spread)
-        except ValueError as error:
-            raise ValueError(f"{error}{_hint(weights, forward.config)}") from None
-    return _with_fresh_head(forward, weights, fresh_head, spread)
+    if fresh_head is not None:
+        return _with_fresh_head(forward, weights, filling, partial(draw, fresh_head, spread=spread))
+    try:
+        return filling(forward.shapes(), weights)
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint(weights, forward.config)}") from None
 
 
 def _hint(weights: Weights, config: BertConfig) -> str:
@@ -212,9 +247,12 @@ def _hint(weights: Weights, config: BertConfig) -> str:
 
 
 def _with_fresh_head(
-    forward: EncoderForward, weights: Weights, key: Array, spread: Spread | None
+    forward: EncoderForward,
+    weights: Weights,
+    filling: Callable[..., Any],
+    drawing: Callable[..., Any],
 ) -> dict[str, Any]:
-    """The encoder from the checkpoint with a fresh head."""
+    """The encoder from the checkpoint, which is filled, with a fresh head, which is drawn."""
     config = forward.config
     shapes, prefix = forward.shapes(), config.kind.prefix
     if config.pooler and f"{prefix}.pooler.dense.weight" not in weights.shapes:
@@ -229,13 +267,9 @@ def _with_fresh_head(
         wanted["head"] = shapes["head"]
         own -= {"head"}
     kept = {n: s for n, s in weights.shapes.items() if n.partition(".")[0] in wanted}
-    loaded = fill(wanted, weights._replace(shapes=kept), family=BERT, spread=spread)
-    made = draw(
-        key,
-        {**{n: shapes[n] for n in own}, prefix: {n: shapes[prefix][n] for n in drawn}},
-        config,
-        spread=spread,
-    )
+    loaded = filling(wanted, weights._replace(shapes=kept))
+    fresh = {**{n: shapes[n] for n in own}, prefix: {n: shapes[prefix][n] for n in drawn}}
+    made = drawing(fresh, config)
     return {**made, **loaded, prefix: {**loaded[prefix], **made[prefix]}}
 
 

@@ -15,17 +15,13 @@ from jaxtyping import Array
 from lora_jax.config.arguments import SettingsError, check_argument, check_key, quoted
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared, outlined
-from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
+from lora_jax.hf.checkpoint.names import as_held, copies, unified
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
-from lora_jax.hf.gguf.file import open_gguf, rope_divisors
-from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
-from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.classifier import check_labels, has_head
 from lora_jax.models.encoder_loading import open_encoder
-from lora_jax.models.gguf import config_of
 from lora_jax.models.heads import (
     ANSWERS,
     CLASSIFICATION,
@@ -38,7 +34,7 @@ from lora_jax.models.heads import (
 from lora_jax.models.init import draw
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
-from lora_jax.models.opening import Opened, read_together
+from lora_jax.models.opening import Opened, opened_gguf, read_together, stacked_by_format
 from lora_jax.models.registry import (
     DECODERS_OWN,
     ENCODER,
@@ -92,7 +88,7 @@ def load(
       attention: the implementation of a decoder's attention, see `Forward`.
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
-        file's own quantized blocks, or a `lora_jax.quant.QuantConfig`. Decoders only.
+        file's own quantized blocks, or a `lora_jax.quant.QuantConfig`.
       mesh: spread the weights over its devices as they are read, see `make_mesh`. Of each tensor a
         process reads the parts of its own devices, which quantize them, so that beside the weights
         there is never more than one tensor in memory.
@@ -258,25 +254,7 @@ def _open_directory(
             raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
     if architecture.kind in (ENCODER, IMAGE_ENCODER):
-        if quant is not None:
-            raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
-        forward_of(config, **options)  # refuses what is a decoder's
-        own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
-        if architecture.kind == IMAGE_ENCODER:
-            if head.key is not None and head.task != CLASSIFICATION:
-                raise SettingsError(
-                    f'{path}: task="{head.task}" is for texts, and a `{config.model_type}` reads '
-                    "images: leave `task` out"
-                )
-            return open_images(
-                directory, own, labels=head.labels, fresh_head=head.key, problem=head.problem
-            )
-        if head.key is None:
-            return open_encoder(directory, own)
-        return open_encoder(
-            directory, own, task=head.task, labels=None if head.task == ANSWERS else head.labels,
-            fresh_head=head.key, problem=head.problem,
-        )  # fmt: skip
+        return _open_encoder(directory, config, options, quant, head)
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
@@ -295,6 +273,29 @@ def _open_directory(
 
     read = partial(_fill, forward, weights, quant, head)
     return Opened(Model(forward, {}, tokenizer, generation, checkpoint=directory), weights, read)
+
+
+def _open_encoder(
+    path: Path, config: Any, options: dict[str, Any], quant: QuantConfig | None, head: _Head
+) -> Opened:
+    forward_of(config, **options)  # refuses what is a decoder's
+    own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
+    if architecture_of(config.model_type).kind == IMAGE_ENCODER:
+        if head.key is not None and head.task != CLASSIFICATION:
+            raise SettingsError(
+                f'{path / "config.json"}: task="{head.task}" is for texts, and a '
+                f"`{config.model_type}` reads images: leave `task` out"
+            )
+        return open_images(
+            path, own, labels=head.labels, fresh_head=head.key, problem=head.problem,
+            quantize=quant,
+        )  # fmt: skip
+    if head.key is None:
+        return open_encoder(path, own, quantize=quant)
+    return open_encoder(
+        path, own, task=head.task, labels=None if head.task == ANSWERS else head.labels,
+        fresh_head=head.key, problem=head.problem, quantize=quant,
+    )  # fmt: skip
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
@@ -325,13 +326,11 @@ def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: A
 def _open_gguf(
     path: Path, options: dict[str, Any], quant: QuantConfig | None, head: _Head
 ) -> Opened:
-    file = open_gguf(path)
-    weights = weights_of(file)
-    with named(path):
-        config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
-    check_counts(config, weights, path)
-    forward = forward_of(head.on(config, path), **options)
-    tokenizer = from_gguf(file.metadata, path=path, rows=config.vocab_size)
+    found = opened_gguf(path)
+    if architecture_of(found.config.model_type).kind == ENCODER:
+        return _open_encoder(path, found.config, options, quant, head)
+    forward = forward_of(head.on(found.config, path), **options)
+    tokenizer, weights = found.tokenizer(forward.config.vocab_size), found.weights
 
     read = partial(_fill, forward, weights, quant, head)
     return Opened(Model(forward, {}, tokenizer, checkpoint=path), weights, read)
@@ -359,8 +358,7 @@ def _fill(
                 "for the two"
             )
     weights = renamed(weights, unified(weights.shapes, family))
-    if quant is not None and quant.format == FILE and forward.scan and weights.formats:
-        forward = dataclasses.replace(forward, scan=_by_format(weights, family, config))
+    forward = stacked_by_format(forward, weights, family, quant)
     tied, shapes = family.tied, forward.shapes()
     if head.key is not None:
         own = str(DECODER_HEADS[head.task].last)
@@ -373,18 +371,6 @@ def _fill(
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *tied, shared=is_shared(spread))
     return forward, fill(shapes, weights, family=family, quantize=quant, spread=spread)
-
-
-def _by_format(weights: Weights, family: Family, config: Any) -> bool | tuple[int, ...]:
-    """A number for each block: equal ones where all tensors are in the same formats."""
-    held: list[set[Any]] = [set() for _ in range(config.num_hidden_layers)]
-    for name, form in (weights.formats or {}).items():
-        plain, index = without_numbers(name, family)
-        # The layers of a vision tower are not the decoder's.
-        if name.startswith(family.prefix) and index and index[0] < len(held):
-            held[index[0]].add((plain, form))
-    kinds = list(dict.fromkeys(map(frozenset, held)))
-    return len(kinds) == 1 or tuple(kinds.index(frozenset(each)) for each in held)
 
 
 def _without_tied(weights: Weights, head: str, table: str, *, shared: bool) -> Weights:

@@ -89,7 +89,7 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """Embeddings, blocks and the last norm."""
 
-    def __init__(self, build: Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool | tuple[int, ...]) -> None:
         self.embeddings = Embeddings(build)
         first = tuple(number == 0 for number in range(build.config.num_hidden_layers))
         self.layers = stack_of(first, lambda one: Layer(build, first=one), scan=scan)

@@ -7,15 +7,23 @@ parameters would be a mixture, or the processes would wait for each other withou
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lora_jax import processes
+from lora_jax.files import named
 from lora_jax.hf.checkpoint.fill import Spread, is_shared
-from lora_jax.hf.checkpoint.weights import Part, Weights
+from lora_jax.hf.checkpoint.names import Family, without_numbers
+from lora_jax.hf.checkpoint.weights import Part, Weights, check_counts
+from lora_jax.hf.gguf.file import open_gguf, rope_divisors
+from lora_jax.hf.gguf.weights import weights_of
+from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
+from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Model
+from lora_jax.quant.loading import FILE, QuantConfig
 
 # Of how many tensors, and how many of their numbers, processes compare.
 _SOME = 32
@@ -34,6 +42,53 @@ class Opened(NamedTuple):
     model: Model
     weights: Weights
     read: Callable[..., tuple[Any, dict[str, Any]]]
+
+
+class Found(NamedTuple):
+    """What is read of a model before its forward is made.
+
+    Attributes:
+      config: the configuration.
+      path: the file that it is from.
+      weights: its tensors.
+      tokenizer: rows of the embedding -> the tokenizer, or None.
+    """
+
+    config: Any
+    path: Path
+    weights: Weights
+    tokenizer: Callable[[int], Tokenizer | None]
+
+
+def opened_gguf(path: Path) -> Found:
+    """A GGUF file's.
+
+    Raises:
+      ValueError: as `open_gguf` and `config_of`.
+    """
+    file = open_gguf(path)
+    weights = weights_of(file)
+    with named(path):
+        config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
+    check_counts(config, weights, path)
+    return Found(config, path, weights, lambda rows: from_gguf(file.metadata, path=path, rows=rows))
+
+
+def stacked_by_format(
+    forward: Any, weights: Weights, family: Family, quantize: QuantConfig | None
+) -> Any:
+    """The forward, whose blocks are stacked apart where their tensors are in different formats."""
+    if quantize is None or quantize.format != FILE or not (forward.scan and weights.formats):
+        return forward
+    # Of each block the formats of its tensors. The layers of a vision tower are not the model's.
+    held: list[set[Any]] = [set() for _ in range(forward.config.num_hidden_layers)]
+    for name, form in weights.formats.items():
+        plain, index = without_numbers(name, family)
+        if name.startswith(family.prefix) and index and index[0] < len(held):
+            held[index[0]].add((plain, form))
+    kinds = list(dict.fromkeys(map(frozenset, held)))
+    numbers = tuple(kinds.index(frozenset(each)) for each in held)
+    return dataclasses.replace(forward, scan=len(kinds) == 1 or numbers)
 
 
 def read_together(

@@ -302,8 +302,13 @@ def _settings_of(weights: Sequence[_Weight]) -> dict[str, Any]:
                 f"`{weight.name}` is held in {held.format} in blocks of {held.block}, others in "
                 f"{first.format} in blocks of {first.block}: a directory has one format"
             )
-    plain = (x.name.split(".")[-2] for x in weights if x.held is None and x.numbers.ndim == 2)
-    left = sorted(set(plain) - {x.name.split(".")[-2] for x in weights if x.held is not None})
+    modules = {
+        x.name.rpartition(".")[0]: x.held is not None for x in weights if x.numbers.ndim == 2
+    }
+    ends = {name.rpartition(".")[2] for name, held in modules.items() if held}
+    # By the end of their names, but where a weight that is held ends so too (BERT's pooler).
+    plain = ((name, name.rpartition(".")[2]) for name, held in modules.items() if not held)
+    left = sorted({name if end in ends else end for name, end in plain})
     if first.format in ("nf4", "fp4"):
         double = first.scale_map is not None
         kind = {"bnb_4bit_quant_type": first.format, "bnb_4bit_use_double_quant": double}

@@ -127,7 +127,7 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """Embeddings, blocks, the last norm and, where the config has one, the pooler."""
 
-    def __init__(self, build: Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool | tuple[int, ...]) -> None:
         config: Any = build.config
         self.embeddings = Embeddings(build)
         blocks = (False,) * config.num_hidden_layers  # none differs
@@ -140,14 +140,19 @@ class Encoder(nnx.Module):
 class Classifier(nnx.Module):
     """The encoder, and a head that reads the class token."""
 
-    def __init__(self, build: Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool | tuple[int, ...]) -> None:
         config: Any = build.config
         self.vit = Encoder(build, scan=scan)
         self.classifier = build.linear(config.hidden_size, len(config.labels))
 
 
 def make(
-    config: Any, *, dtype: DTypeLike, param_dtype: DTypeLike, scan: bool, rngs: nnx.Rngs
+    config: Any,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    scan: bool | tuple[int, ...],
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Makes the module for a config's task."""
     build = Build(config, dtype, param_dtype, rngs)
@@ -171,7 +176,7 @@ class ImageForward:
     config: ViTConfig
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    scan: bool = True
+    scan: bool | tuple[int, ...] = True
     remat: Remat = False
     rows: tuple[str, ...] = ()
     gathered: Specs = ()

@@ -1,7 +1,8 @@
 """Loading a vision transformer from a Hugging Face directory, complete or with a fresh head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from lora_jax.models.bert_config import Problem
 from lora_jax.models.bert_kinds import FEATURES
 from lora_jax.models.init import draw
 from lora_jax.models.model import Model
-from lora_jax.models.opening import Opened
+from lora_jax.models.opening import Opened, stacked_by_format
 from lora_jax.models.vit import ImageForward
 from lora_jax.models.vit_config import IMAGES, ViTConfig
+from lora_jax.quant.loading import QuantConfig
 
 _PREFIX, _HEAD = "vit.", "classifier"
 
@@ -31,6 +33,7 @@ def open_images(
     labels: Sequence[str] = (),
     fresh_head: Array | None = None,
     problem: Problem | None = None,
+    quantize: QuantConfig | None = None,
 ) -> Opened:
     """As `lora_jax.models.load` on a directory; the options are those of `ImageForward`.
 
@@ -39,6 +42,7 @@ def open_images(
       options: dtype, param_dtype, scan, remat.
       labels, fresh_head: the classes of a head that is drawn; the checkpoint's is left out.
       problem: of such a head, for config.json.
+      quantize: how weights are held.
     """
     path = directory / "config.json"
     try:
@@ -55,13 +59,15 @@ def open_images(
     forward = ImageForward(config=config, **options)
     processor = read_processor(directory, channels=config.num_channels)
 
-    def read(spread: Spread | None) -> tuple[Any, dict[str, Any]]:
-        shapes = forward.shapes()
+    def read(spread: Spread | None, fill: Callable[..., Any] = fill) -> tuple[Any, dict[str, Any]]:
+        held = stacked_by_format(forward, weights, VIT, quantize)
+        shapes = held.shapes()
+        filling = partial(fill, weights=weights, family=VIT, quantize=quantize, spread=spread)
         if fresh_head is None:
-            return forward, fill(shapes, weights, family=VIT, spread=spread)
+            return held, filling(shapes)
         made = draw(fresh_head, {_HEAD: shapes[_HEAD]}, config, spread=spread)
         rest = {name: each for name, each in shapes.items() if name != _HEAD}
-        return forward, {**fill(rest, weights, family=VIT, spread=spread), **made}
+        return held, {**filling(rest), **made}
 
     return Opened(Model(forward, {}, processor=processor), weights, read)
 

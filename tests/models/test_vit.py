@@ -10,7 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.analysis import memory
+from lora_jax.array import leaves_by_path
 from lora_jax.models.vit_config import ViTConfig
+from lora_jax.quant import QuantArray
+from lora_jax.quant.loading import QuantConfig
 from lora_jax.recipes.classify import classify_texts
 
 from tests.support.oracle import oracle
@@ -194,7 +197,18 @@ def test_calls_that_are_refused(saved):
         model.apply(model.params, np.zeros((1, 16, 16, 3), np.float32))
     with pytest.raises(ValueError, match="got uint8 of shape"):
         model.apply(model.params, np.zeros((1, 3, 16, 16), np.uint8))
-    with pytest.raises(ValueError, match="`quantize` is for decoders, not for `vit`"):
-        lora.models.load(saved("classifies").directory, quantize="nf4")
     with pytest.raises(ValueError, match="`length` 7 is for texts, and an image of this `vit`"):
         memory(model.config.to_hf(), length=7)
+
+
+def test_all_but_patches_and_head_is_held_in_blocks(saved):
+    held = lora.models.load(
+        saved("classifies").directory, quantize=QuantConfig(format="int8", block_size=16)
+    )
+    blocks = {p for p, x in leaves_by_path(held.params).items() if isinstance(x, QuantArray)}
+    assert len(blocks) == 6 and all(path.startswith("vit.layers.") for path in blocks)
+    floats, pixels = lora.dequantize(held.params), images(held.config)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(
+        held.apply(held.params, pixels), held.apply(floats, pixels), atol=1e-5
+    )

@@ -12,8 +12,12 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.analysis import memory
+from lora_jax.array import leaves_by_path
 from lora_jax.cli import main
 from lora_jax.models.saving import save_model
+from lora_jax.quant.array import is_quant
+from lora_jax.quant.loading import QuantConfig
 from lora_jax.recipes import export, finetune
 from lora_jax.recipes.classify import classify_texts, scores
 from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
@@ -148,6 +152,62 @@ def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path, capsys):
     assert main(["generate", str(place), "--adapter", str(adapter), TEXTS[0]]) == 0
     label, share = capsys.readouterr().out.split()
     assert (label, float(share)) == (found[0].label, round(found[0].probability, 3))
+
+
+HELD = [("bert", "int8"), ("bert", "uint4"), *((kind, "nf4") for kind in KINDS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, form", HELD)
+def test_a_quantized_base_trains_as_its_floats(bare, kind, form):
+    model = head_of(bare(kind), quantize=QuantConfig(format=form, block_size=16))
+    paths = {path: is_quant(leaf) for path, leaf in leaves_by_path(model.params).items()}
+    head = ("classifier", "head", "pooler", "pre_classifier")
+    inside = {p for p in paths if p.endswith("kernel") and not set(p.split(".")) & set(head)}
+    assert {path for path, quantized in paths.items() if quantized} == inside
+    floats = models.Model(model.forward, lora.dequantize(model.params), model.tokenizer)
+    run, found = settings(steps=4, learning_rate=0.01), []
+    for each in (model, floats):
+        config, params = adapted(each)
+        result = fit(each, params, data_of(each), None, run, lora_config=config)
+        found.append([line["loss"] for line in result.history if "loss" in line])
+        found[-1].append(evaluate(each, result.lora_params, data_of(each), batch_size=4))
+        merged = lora.merge(result.lora_params)
+        np.testing.assert_allclose(
+            np.mean(losses(floats, merged, data_of(each))), found[-1][-1], atol=1e-4
+        )
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_quantized_encoder_from_rows_to_a_merged_model(bare, tmp_path, capsys):
+    place, quantize = bare("bert"), ("--quantize", "nf4", "--quantize-block", "16")
+    rows = [{"text": text, "label": LABELS[i // 2]} for i, text in enumerate(TEXTS)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, merged = tmp_path / "out", [tmp_path / name for name in ("floats", "blocks")]
+    data = str(tmp_path / "data.jsonl")
+    run = ("--steps", "2", "--output-dir", str(out), "--labels", *LABELS, "--eval-data", data)
+    assert main(["train", "--model", str(place), "--train-data", data, *run, *quantize]) == 0
+    adapter = str(out / "adapter")
+    assert main(["merge", str(place), adapter, str(merged[0]), *quantize]) == 0
+    assert main(["merge", str(place), adapter, str(merged[1]), *quantize, "--requantize"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(place), "--adapter", adapter, *quantize, TEXTS[0]]) == 0
+    want = capsys.readouterr().out
+    assert main(["generate", str(merged[0]), TEXTS[0]]) == 0
+    assert capsys.readouterr().out == want
+    blocks = models.load(merged[1], quantize="file")
+    held = [x for x in leaves_by_path(blocks.params).values() if is_quant(x)]
+    assert len(held) == 6 and {x.format for x in held} == {"nf4"}
+    fields = json.loads((merged[1] / "config.json").read_text())["quantization_config"]
+    left = {"bert.pooler.dense", "classifier", "word_embeddings"}
+    assert left <= set(fields["llm_int8_skip_modules"])
+    wide = {**SIZES, "model_type": "bert", "hidden_size": 64, "intermediate_size": 128}
+    floats, quantized = (
+        memory(wide, adapter=lora.LoraConfig(rank=2), quantize=form, length=8).total
+        for form in (None, "nf4")
+    )
+    assert quantized < floats
 
 
 # The meshes, for the page of families. DeBERTa attends by distance in whole rows.
