@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from tokenizers.processors import TemplateProcessing
 
 import lora_jax as lora
@@ -18,6 +19,8 @@ from lora_jax.recipes.forms import read_trained
 from lora_jax.train import TrainConfig, examples, record_of
 
 from tests.support import tiny
+from tests.support.gguf_files import tensors_of, tokenizer_keys, write_model
+from tests.support.quantized_files import METHODS, in_blocks
 
 pytestmark = pytest.mark.once
 
@@ -74,18 +77,38 @@ def place(tmp_path_factory):
     fresh = models.init(jax.random.key(0), config)
     model = models.Model(fresh.forward, fresh.params, closing(tiny.tiny_tokenizer()))
     save_model(root / "bert", model, model.params)
-    return {"bert": root / "bert", "llama": tiny.write_tiny(root / "llama")}
+    wide: Any = dict(hidden_size=128, intermediate_size=128, head_dim=32, num_key_value_heads=4)
+    model = tiny.tiny_model(**wide)
+    write_model(
+        root / "m.gguf", model.config, tensors_of(model), GGMLQuantizationType.Q8_0,
+        keys=tokenizer_keys(model.tokenizer), eos=model.tokenizer.eos_id,
+    )  # fmt: skip
+    held = {
+        kind: in_blocks(tiny.write_tiny(root / kind, **wide), *made)
+        for kind, made in METHODS.items()
+    }
+    llama = tiny.write_tiny(root / "llama")
+    return {"bert": root / "bert", "llama": llama, "gguf": root / "m.gguf", **held}
+
+
+# A base is held in the blocks of its file where it has some.
+EACH = [
+    *((kind, goal) for kind in ("bert", "llama", "gguf") for goal in ROWS),
+    ("fp8", "multi_label_classification"), ("gptq", "token-classification"),
+    ("awq", "question-answering"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("goal", ROWS)
+@pytest.mark.parametrize(("kind", "goal"), EACH)
 def test_a_head_learns_is_kept_and_answers(place, kind, goal, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, ROWS[goal])))
+    quantize = None if kind in ("bert", "llama") else "file"
     job = finetune.FinetuneConfig(
-        model=str(place[kind]), train_data=data, eval_data=data, **SETTINGS[goal]
-    )
+        model=str(place[kind]), train_data=data, eval_data=data, quantize=quantize,
+        **SETTINGS[goal],
+    )  # fmt: skip
     run = TrainConfig(
         batch_size=2, steps=40, learning_rate=0.02, progress=False, tensorboard=False, buckets=1,
         output_dir=tmp_path / "out",
@@ -102,7 +125,7 @@ def test_a_head_learns_is_kept_and_answers(place, kind, goal, tmp_path, capsys):
         SETTINGS[goal].get("labels", ("LABEL_0",) if goal == "regression" else ()),
         SETTINGS[goal].get("problem"),
     )
-    export.merge_adapter(str(place[kind]), adapter, tmp_path / "merged")
+    export.merge_adapter(str(place[kind]), adapter, tmp_path / "merged", quantize=quantize)
     merged = models.load(tmp_path / "merged")
     assert merged.config.task == SETTINGS[goal].get("task", "sequence-classification")
 
@@ -112,7 +135,8 @@ def test_a_head_learns_is_kept_and_answers(place, kind, goal, tmp_path, capsys):
         "question-answering": json.dumps({"question": "Who came?", "context": CONTEXT}),
     }  # fmt: skip
     capsys.readouterr()
-    assert main(["generate", str(place[kind]), "--adapter", str(adapter), prompts[goal]]) == 0
+    base = [str(place[kind]), *(("--quantize", quantize) if quantize else ())]
+    assert main(["generate", *base, "--adapter", str(adapter), prompts[goal]]) == 0
     by_adapter = capsys.readouterr().out
     assert main(["generate", str(tmp_path / "merged"), prompts[goal]]) == 0
     assert capsys.readouterr().out == by_adapter

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def write_model(
             else:
                 writer.add_tensor(name, tensor)
     return path
+
+
+def tokenizer_keys(tokenizer: Any) -> dict[str, tuple[str, Any]]:
+    """The keys of a byte-level tokenizer, for `write_model`."""
+    backend = json.loads(tokenizer.backend.to_str())
+    tokens = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
+    special = {token["content"] for token in backend["added_tokens"]}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": ("string", "gpt2"),
+        "tokenizer.ggml.pre": ("string", "gpt-2"),
+        "tokenizer.ggml.tokens": ("array", tokens),
+        "tokenizer.ggml.merges": ("array", merges),
+        "tokenizer.ggml.token_type": ("array", [3 if t in special else 1 for t in tokens]),
+        "tokenizer.chat_template": ("string", tokenizer.chat_template),
+    }
 
 
 def tensors_of(model: models.Model) -> dict[str, np.ndarray]:

@@ -191,6 +191,11 @@ def tiny(directory, settings, make, width=128):
     )  # fmt: skip
     model = models.init(jax.random.key(0), config)
     save_model(directory, model, model.params)
+    return in_blocks(directory, settings, make)
+
+
+def in_blocks(directory, settings, make):
+    """A saved model with its projections quantized."""
     tensors, rng = {}, np.random.default_rng(0)
     for name, weight in load_file(directory / "model.safetensors").items():
         if "_proj" not in name:
@@ -227,3 +232,29 @@ def in_groups(rng, weight):
         "g_idx": index,
     }
     return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in found.items()}
+
+
+def in_columns(rng, weight):
+    """As AWQ's."""
+    found = {name: x.numpy() for name, x in in_groups(rng, weight).items()}
+
+    def turned(words_):
+        parts = np.stack([words_.view(np.uint32) >> (4 * j) & 15 for j in range(8)], -1)
+        return parts.astype(np.uint8)
+
+    codes = turned(found["qweight"]).swapaxes(1, 2).reshape(-1, weight.shape[0])
+    zeros = turned(found["qzeros"]).reshape(len(found["scales"]), -1) + 1
+
+    def packed(x):
+        return words(x.reshape(len(x), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].reshape(x.shape), 1)
+
+    tensors = {"qweight": packed(codes), "qzeros": packed(zeros), "scales": found["scales"]}
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in tensors.items()}
+
+
+# `quantization_config` and what makes the tensors of a projection.
+METHODS = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, in_squares),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, in_groups),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, in_columns),
+}

@@ -12,8 +12,8 @@ from lora_jax.cli import main
 from lora_jax.recipes import finetune
 from lora_jax.train.memory import tree_bytes
 
-from tests.support.gguf_files import TIED, tensors_of, write_model
-from tests.support.tiny import SPECIAL, TEMPLATE, tiny_tokenizer
+from tests.support.gguf_files import TIED, tensors_of, tokenizer_keys, write_model
+from tests.support.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.once
 
@@ -21,23 +21,13 @@ pytestmark = pytest.mark.once
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random decoder with the tiny tokenizer in one file, its matrices in Q4_1."""
-    backend = json.loads(tiny_tokenizer().backend.to_str())
-    tokens = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
-    special = {token["content"] for token in backend["added_tokens"]}
-    merges = [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
-    keys = {
-        "tokenizer.ggml.model": ("string", "gpt2"),
-        "tokenizer.ggml.pre": ("string", "gpt-2"),
-        "tokenizer.ggml.tokens": ("array", tokens),
-        "tokenizer.ggml.merges": ("array", merges),
-        "tokenizer.ggml.token_type": ("array", [3 if t in special else 1 for t in tokens]),
-        "tokenizer.chat_template": ("string", TEMPLATE),
-    }
-    raw = TIED.to_hf() | {"vocab_size": len(tokens), "max_position_embeddings": 256}
+    tokenizer = tiny_tokenizer()
+    keys, tokens = tokenizer_keys(tokenizer), tokenizer.vocab_size
+    raw = TIED.to_hf() | {"vocab_size": tokens, "max_position_embeddings": 256}
     config = models.LlamaConfig.from_hf(raw | {"initializer_range": 0.2})
     tensors = tensors_of(models.init(jax.random.key(0), config))
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    eos = tokens.index(SPECIAL[1])
+    assert (eos := tokenizer.eos_id) is not None
     return str(write_model(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys, eos=eos))
 
 
