@@ -36,15 +36,17 @@ def table() -> str:
     from tests.models.test_every_decoder import SPREAD
     from tests.models.test_vit import SPREAD as IMAGES
     from tests.support.decoders import FAMILIES
-    from tests.support.gguf_families import CASES as GGUF
+    from tests.support.gguf_families import CASES, ENCODERS
     from tests.train.test_encoder_decoders import SPREAD as BOTH
-    from tests.train.test_encoders import SPREAD as ENCODERS
+    from tests.train.test_encoders import HELD
+    from tests.train.test_encoders import SPREAD as ON_MESHES
 
     outputs, greedy, peft = (tested(*kind) for kind in KINDS)
-    meshes = {**SPREAD, **ENCODERS, **BOTH, **IMAGES}
+    meshes = {**SPREAD, **ON_MESHES, **BOTH, **IMAGES}
+    held = {*FAMILIES, *BOTH, *IMAGES, *(kind for kind, _ in HELD)}
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for kind in sorted(set(ARCHITECTURES) - set(WRAPPERS)):
-        columns = (outputs, greedy, peft, GGUF, (*FAMILIES, *BOTH))
+        columns = (outputs, greedy, peft, {*CASES, *ENCODERS}, held)
         mesh = ", ".join(part for part, axis in PARTS if axis in meshes.get(kind, ()))
         rows.append((f"`{kind}`", *("yes" if kind in of else "" for of in columns), mesh))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
