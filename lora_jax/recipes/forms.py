@@ -26,7 +26,7 @@ class Trained(NamedTuple):
       labels: the classes of a head that was fresh, of which no file of its base has the names.
       task: what that head is for; None for a language model's, or for texts.
       problem: of such a head for texts, see `lora_jax.models.load`.
-      template: the `chat_template_kwargs` that all its chats had.
+      template: variables of the chat template that all its chats had: `tools` and others.
     """
 
     form: TrainedForm | None = None
@@ -51,13 +51,10 @@ def form_of(records: Iterable[Record]) -> TrainedForm:
 
 
 def template_of(records: Iterable[Record]) -> dict[str, Any]:
-    """The further variables of the chat template that all chats have alike, such as thinking."""
-    found = [
-        {name: x for name, x in record.options.items() if name not in ("tools", "documents")}
-        for record in records
-        if record.form == "messages"
-    ]
-    return found[0] if found and all(each == found[0] for each in found) else {}
+    """The variables of the chat template that all chats have alike, such as tools or thinking."""
+    found = [record.options for record in records if record.form == "messages"]
+    first = found[0] if found else {}
+    return {name: x for name, x in first.items() if all(each.get(name) == x for each in found)}
 
 
 def write_form(directory: str | Path, form: TrainedForm | None, head: Trained = NOTHING) -> None:

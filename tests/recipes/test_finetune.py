@@ -241,7 +241,9 @@ def test_forms(tmp_path):
     plain = record_of({**turns, "tools": [{"name": "x"}]})
     one, other = (record_of({**turns, "chat_template_kwargs": {"mood": x}}) for x in "ab")
     assert template_of([one, text, one]) == {"mood": "a"}
-    assert template_of([one, other]) == template_of([one, plain]) == template_of([plain]) == {}
+    assert template_of([one, other]) == template_of([one, plain]) == template_of([text]) == {}
+    both = record_of({**turns, "tools": [{"name": "x"}], "chat_template_kwargs": {"mood": "b"}})
+    assert template_of([plain, both, plain]) == {"tools": [{"name": "x"}]}
     write_form(tmp_path, "messages", Trained(template=template_of([one])))
     assert read_trained(tmp_path).template == {"mood": "a"}
     (tmp_path / FORM_FILE).write_text('{"form": "messages", "template": 3}')
