@@ -176,3 +176,14 @@ def test_an_index_of_layers_may_keep_its_dim():
     w = jnp.ones((3, 8, 6))
     assert roles_of(lambda w, x: jnp.einsum("bi,lio->blo", x, w[1:2]), w) == "sio"
     assert roles_of(lambda w, x: x @ w[1:2].reshape(8, 6), w) == "sio"
+
+
+def test_an_array_that_a_function_closes_over_is_data_where_it_has_no_arguments():
+    ids, leaf = jnp.array([1, 2]), jax.ShapeDtypeStruct((11, 8), jnp.float32)
+    tree = jax.tree.structure([leaf])
+
+    def kinds(fn, *args):
+        return [u.kind for u in usage.usage(fn, [leaf], tree, args=args, kwargs={}).uses[0]]
+
+    assert kinds(lambda p: p[0][ids]) == ["lookup"]
+    assert kinds(lambda p, x: p[0][ids] + x, jnp.ones(8))[0] == "rows"

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import lora_jax as lora
 from lora_jax import models
+from lora_jax.analysis.step_memory.fit import fastest
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
-from lora_jax.recipes import finetune
+from lora_jax.recipes import finetune, fitting
 from lora_jax.recipes.finetune import FinetuneConfig
 from lora_jax.recipes.fitting import (
     examples_of,
@@ -36,6 +38,7 @@ from lora_jax.recipes.forms import (
 )
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
+from lora_jax.train.memory import device_bytes
 
 from tests.support import tiny
 
@@ -300,7 +303,7 @@ def test_a_loss_that_rose_is_in_the_summary(last, rose):
     assert ("the loss rose: train again with a lower learning rate" in text) is rose
 
 
-def test_an_encoder_with_a_head_fits_a_memory():
+def test_an_encoder_with_a_head_fits_a_memory(monkeypatch):
     """Encoders offload nothing and take no packed rows, and the estimate asks for neither."""
     config = models.BertConfig(
         vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -310,14 +313,29 @@ def test_an_encoder_with_a_head_fits_a_memory():
     fresh = models.init(jax.random.key(0), config)
     model = dataclasses.replace(fresh, tokenizer=tiny.tiny_tokenizer())
     adapter = with_head(model, LoraConfig(rank=2))
+    # What a bare encoder lacks trains whole; PEFT's type is the task's, unless another is given.
+    assert set(adapter.modules_to_save) == {"classifier", "pooler"}
+    assert adapter.extra["task_type"] == "SEQ_CLS"
+    given = LoraConfig(rank=2, extra={"task_type": "FEATURE_EXTRACTION"})
+    assert with_head(model, given).extra == given.extra
     params = finetune.init_adapter(model, adapter, seed=0)
-    data = examples_of(model, [record_of({"text": "Dinner", "label": "a"})] * 4, max_length=None)
+    rows = [{"text": "Dinner" * n, "label": "a"} for n in (1, 1, 4, 4)]
+    data = examples_of(model, [record_of(row) for row in rows], max_length=None)
     said: list[str] = []
+    asked: list[tuple] = []
+
+    def noted(model, settings, memory, *, weights):
+        asked.append((settings.length, settings.packing, weights))
+        return fastest(model, settings, memory, weights=weights)
+
+    monkeypatch.setattr(fitting, "fastest", noted)
     fitted(
         model, params, data, device_memory="1GB", lora_config=adapter,
         config=TrainConfig(batch_size=2, progress=False), log=said.append,
     )  # fmt: skip
     assert said[0].startswith("for 1GB: batch_size 2, accumulation 1, remat")
+    longest = max(len(row.tokens) for row in data)
+    assert asked == [(-(-longest // 8) * 8, False, device_bytes(lora.split(params)[1]))]
 
 
 def test_a_folder_of_images_takes_no_fields_and_has_one_class_each(tmp_path):
