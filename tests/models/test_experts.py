@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from lora_jax.models.experts import (
     over_experts,
 )
 from lora_jax.models.latent import LatentAttention
-from lora_jax.models.layers import RMSNorm, groups_of
+from lora_jax.models.layers import groups_of
+from lora_jax.models.llama_parts import norm_of
 from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
 from lora_jax.train.flops import training_flops
@@ -408,15 +410,17 @@ def test_latent_heads_begin_with_what_is_rotated_and_values_are_as_wide(interlea
         np.testing.assert_allclose(k[:, :, head, :4], turned, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "helium", "llama"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "helium", "llama", "cohere"])
 def test_where_norms_round_in_16_bits(kind):
     fields = CASES["gpt_oss"] if kind == "gpt_oss" else SIZES
     config = config_from_hf({**fields, "model_type": kind})
-    norm = RMSNorm(8, eps=1e-6, param_dtype=jnp.bfloat16, wide=config.norm_wide)
+    norm: Any = norm_of(config, 8, jnp.bfloat16)
     x, scale = jax.random.normal(jax.random.key(0), (2, 64, 8), jnp.bfloat16)
     norm.scale.set_value(scale[0])
     wide = x.astype(jnp.float32)
-    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+    wide = wide - wide.mean(-1, keepdims=True) * (kind == "cohere")
+    eps = config.rms_norm_eps
+    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
     once = (normal * scale[0].astype(jnp.float32)).astype(jnp.bfloat16)
     twice = normal.astype(jnp.bfloat16) * scale[0]
     assert (once != twice).any()

@@ -279,4 +279,10 @@ FAULTS = [
         ('"factor": Range(1, 1e6)', '"factor": Range(0, 1e6)'),
         ("if value is None or (known and name not in known):", "if known and name not in known:"),
     ),
+    *in_file(
+        "models/llama_parts.py",
+        "tests/models/test_experts.py",
+        ("wide=config.norm_wide,", "wide=False,"),
+        ("centered=config.norm_centered,", "centered=False,"),
+    ),
 ]  # fmt: skip

@@ -217,4 +217,22 @@ FAULTS = [
         ("range(parts, rows + 1, parts)", "range(parts, rows, parts)"),
         ("-(-settings.batch // rows) * rows", "settings.batch // rows * rows"),
     ),
+    *in_file(
+        "processes.py",
+        "tests/test_processes.py",
+        (".sum(axis=0, dtype=np.uint8)", ".sum(axis=0)"),
+        ("for _ in values if several() else ():", "for _ in ():"),
+        ("first.keys() | other.keys()", "first.keys() & other.keys()"),
+        ("np.zeros(max(sizes), np.uint8)", "np.zeros(min(sizes), np.uint8)"),
+    ),
+    *in_file(
+        "recipes/fitting.py",
+        "tests/recipes/test_finetune.py",
+        ("weights=device_bytes(base))", "weights=None)"),
+        ("length=max(found.ladder)", "length=min(found.ladder)"),
+        ("found.segmented and not whole_rows(model)", "found.segmented"),
+        ('heads += ["pooler"] if model.config.pooler else []', "pass"),
+        ('**({} if known is None else {"task_type": known.peft}), **config.extra}',
+         '**config.extra, **({} if known is None else {"task_type": known.peft})}'),
+    ),
 ]  # fmt: skip

@@ -253,4 +253,11 @@ FAULTS = [
         "tests/plan/test_usage.py",
         ("picked=t.picked | whole(t.dims, [0])", "picked=whole(t.dims, [0])"),
     ),
+    *in_file(
+        "plan/usage.py",
+        "tests/plan/test_usage.py",
+        ("jnp.ndim(x) > 1 or (jnp.ndim(x) == 1 and not jnp.issubdtype(x.dtype, jnp.inexact))",
+         "jnp.ndim(x) > 1"),
+        ("f.fed > int(not found.closed) for f in others", "f.fed > 1 for f in others"),
+    ),
 ]  # fmt: skip

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
 from lora_jax import checkpoint, train
+from lora_jax.train import archive
 from lora_jax.train.config import steps_between_saves
 
 from tests.support import train_toys
@@ -224,3 +226,15 @@ def test_the_default_leaves_checkpoints(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [r["step"] for r in records]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    records = tmp_path / "metrics.jsonl"
+    records.write_text('{"step": 1, "loss": 2.0}\n')
+    config = toy_config(output_dir=tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds a run already: .* \(no checkpoint yet\)"):
+        archive.check_new_run(config)
+    state: Any = None
+    with archive.archive(dataclasses.replace(config, resume=True)) as opened:
+        assert archive.start(opened, state, {}, None) == archive.Start(state, 0, None, [])
+    assert not records.read_text()

@@ -448,16 +448,20 @@ def test_vllm_folds_scales_and_pads_ranks(tmp_path):
     np.testing.assert_allclose(folded[b] @ folded[a], s * plain[b] @ plain[a], rtol=1e-5, atol=1e-5)
 
 
-def test_vllm_reads_the_rank_that_the_patterns_give_all(tmp_path):
-    ranks = {"q_proj": 2, "v_proj": 2}
-    config = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"), rank_pattern=ranks)
+@pytest.mark.parametrize(
+    ("fields", "scale"), [(dict(rank=4, rank_pattern=2), 3), (dict(rank=2, alpha_pattern=9), 4.5)]
+)
+def test_vllm_reads_the_rank_and_the_scale_that_the_patterns_give_all(fields, scale, tmp_path):
+    names = ("q_proj", "v_proj")
+    given: Any = {k: dict.fromkeys(names, v) if "pattern" in k else v for k, v in fields.items()}
+    config = LoraConfig(alpha=6, target_modules=names, **given)
     tree = randomized(planted(random_params(), config), config)
     api.save_peft(tmp_path / "a", tree, config, target="vllm")
     read, folded = api.read_peft(tmp_path / "a")
     b = f"{BASE}.0.self_attn.q_proj.lora_B.weight"
     factor = folded[b] / to_peft(tree, config)[1][b]
     assert read.rank == 2 and folded[b].shape[1] == 2
-    np.testing.assert_allclose(factor * read.alpha / read.rank, 3, rtol=1e-6)
+    np.testing.assert_allclose(factor * read.alpha / read.rank, scale, rtol=1e-6)
 
 
 def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
