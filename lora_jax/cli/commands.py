@@ -141,6 +141,7 @@ def generate(arguments: argparse.Namespace) -> None:
         adapter=arguments.adapter is not None,
         raw=arguments.raw,
         system=arguments.system,
+        trained_system=trained.system,
     )
     # One answer stands alone, so that a script can read it; several need their prompts.
     labels = len(arguments.prompts) > 1 or "-" in arguments.prompts

@@ -184,7 +184,7 @@ examples:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="the prompt, or -")
     parser.add_argument("--adapter", type=Path, metavar="PATH", help=ADAPTER)
-    parser.add_argument("--system", metavar="TEXT", help="the system message before the prompt")
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: training's)")
     parser.add_argument(
         "--raw",
         action=argparse.BooleanOptionalAction,

@@ -39,7 +39,15 @@ from lora_jax.recipes.fitting import (
     with_classes,
     with_head,
 )
-from lora_jax.recipes.forms import NOTHING, Trained, TrainedForm, form_of, template_of, write_form
+from lora_jax.recipes.forms import (
+    NOTHING,
+    Trained,
+    TrainedForm,
+    form_of,
+    system_of,
+    template_of,
+    write_form,
+)
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run, check_resumed
@@ -200,7 +208,7 @@ def finetune(
             model, params, data, device_memory=job.device_memory, lora_config=lora_config,
             config=train_config, log=log,
         )  # fmt: skip
-    head = head._replace(template=template_of(records))
+    head = head._replace(template=template_of(records), system=system_of(records))
     started, form = time.perf_counter(), form_of(records)
     hooks = train.Hooks(show_evaluations(log), _keeping(output, form, head, log), layout=log)
     result = train.fit(

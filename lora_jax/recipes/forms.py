@@ -27,6 +27,7 @@ class Trained(NamedTuple):
       task: what that head is for; None for a language model's, or for texts.
       problem: of such a head for texts, see `lora_jax.models.load`.
       template: variables of the chat template that all its chats had: `tools` and others.
+      system: the system message that all its chats began with.
     """
 
     form: TrainedForm | None = None
@@ -34,6 +35,7 @@ class Trained(NamedTuple):
     task: Task | None = None
     problem: Problem | None = None
     template: Mapping[str, Any] = {}  # noqa: RUF012
+    system: str | None = None
 
     @property
     def has_head(self) -> bool:
@@ -57,11 +59,18 @@ def template_of(records: Iterable[Record]) -> dict[str, Any]:
     return {name: x for name, x in first.items() if all(each.get(name) == x for each in found)}
 
 
+def system_of(records: Iterable[Record]) -> str | None:
+    """The system message that all chats begin with; None where they have none, or several."""
+    first = [record.fields[0][0] for record in records if record.form == "messages"]
+    found = {turn["content"] if turn["role"] == "system" else None for turn in first}
+    return found.pop() if len(found) == 1 else None
+
+
 def write_form(directory: str | Path, form: TrainedForm | None, head: Trained = NOTHING) -> None:
     """Writes the form and a fresh head's facts beside an adapter, or into a run's folder."""
     known = {
         "form": form, "labels": list(head.labels), "task": head.task, "problem": head.problem,
-        "template": dict(head.template),
+        "template": dict(head.template), "system": head.system,
     }  # fmt: skip
     text = json.dumps({name: value for name, value in known.items() if value})
     write_text(Path(directory) / FORM_FILE, text + "\n")
@@ -107,4 +116,8 @@ def read_trained(adapter: str | Path) -> Trained:
     template = value.get("template") or {}
     if not isinstance(template, dict):
         raise ValueError(f"{path}: `template` must be an object, got {template!r}")
-    return Trained(value["form"], tuple(labels), value.get("task"), value.get("problem"), template)
+    system = value.get("system")
+    if not isinstance(system, str | None):
+        raise ValueError(f"{path}: `system` must be text, got {system!r}")
+    kept = value["form"], tuple(labels), value.get("task"), value.get("problem")
+    return Trained(*kept, template=template, system=system)

@@ -67,6 +67,7 @@ def as_trained(
     adapter: bool = False,
     raw: bool | None = None,
     system: str | None = None,
+    trained_system: str | None = None,
 ) -> list[Messages | str]:
     """The questions of some prompts, in the form that the adapter was trained on.
 
@@ -77,7 +78,8 @@ def as_trained(
       adapter: whether there is an adapter.
       raw: continue the prompts as they are, or put them as chat messages; None takes the form of
         the training, or the chat template where there is one.
-      system: the system message before each prompt.
+      system: the system message before each prompt; None takes that of the training.
+      trained_system: the system message that all chats of the training began with.
 
     Raises:
       ValueError: a system message for prompts that are continued as they are.
@@ -110,6 +112,7 @@ def as_trained(
             "`system` is for chat messages, and the prompts are continued as they are, without a "
             "chat template: put its text into the prompt"
         )
+    system = trained_system if system is None else system
     return [text if chosen else as_messages(text, system=system) for text in prompts]
 
 

@@ -18,7 +18,7 @@ from lora_jax.models.saving import save_model
 from lora_jax.recipes import finetune
 from lora_jax.recipes import generate as recipes_generate
 from lora_jax.recipes.demo import task
-from lora_jax.recipes.forms import Trained, read_trained
+from lora_jax.recipes.forms import read_trained
 
 from tests.support import tiny
 
@@ -271,9 +271,14 @@ def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):
         assert "‖s·B·A‖" in capsys.readouterr().out
 
 
-def test_a_run_keeps_the_variables_of_its_template(run):
+def test_a_run_keeps_what_all_its_chats_had(run):
     for folder in (run, run / "adapter"):
-        assert read_trained(folder) == Trained("messages", template={"mood": "calm"})
+        kept = read_trained(folder)
+        assert kept.form == "messages" and kept.template == {"mood": "calm"}
+        assert (
+            kept.system
+            == task.conversation(task.make_examples(0, train=1, test=1)[0][0])[0]["content"]
+        )
 
 
 def test_export_refuses_another_base(run, tmp_path, capsys):

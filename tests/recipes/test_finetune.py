@@ -33,6 +33,7 @@ from lora_jax.recipes.forms import (
     form_of,
     read_form,
     read_trained,
+    system_of,
     template_of,
     write_form,
 )
@@ -247,8 +248,14 @@ def test_forms(tmp_path):
     assert template_of([one, other]) == template_of([one, plain]) == template_of([text]) == {}
     both = record_of({**turns, "tools": [{"name": "x"}], "chat_template_kwargs": {"mood": "b"}})
     assert template_of([plain, both, plain]) == {"tools": [{"name": "x"}]}
-    write_form(tmp_path, "messages", Trained(template=template_of([one])))
-    assert read_trained(tmp_path).template == {"mood": "a"}
+    led = [{"role": "system", "content": "Be brief."}, *turns["messages"]]
+    brief, other = record_of({"messages": led}), record_of({"messages": [{**led[0], "content": "x"},
+                                                                         *led[1:]]})  # fmt: skip
+    assert system_of([brief, text, brief]) == "Be brief."
+    assert system_of([brief, other]) is system_of([brief, one]) is system_of([one, text]) is None
+    kept = Trained("messages", template=template_of([one]), system="Be brief.")
+    write_form(tmp_path, "messages", kept)
+    assert read_trained(tmp_path) == kept
     (tmp_path / FORM_FILE).write_text('{"form": "messages", "template": 3}')
     with pytest.raises(ValueError, match="`template` must be an object, got 3"):
         read_form(tmp_path)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -242,6 +242,15 @@ def test_the_variables_of_the_training_reach_the_template(model):
             moody, model.params, [as_messages("Hi")], CONFIG, template={"mood": mood}
         )
         assert got == generate_texts(model, model.params, [asked + mood], CONFIG)
+
+
+def test_the_system_message_is_that_of_the_training():
+    def ask(form: Any = "messages", **options):
+        return as_trained(["Hi"], chat=True, form=form, trained_system="Be brief.", **options)
+
+    assert ask() == ask("mixed") == [as_messages("Hi", system="Be brief.")]
+    assert ask(system="Rhyme.") == [as_messages("Hi", system="Rhyme.")]
+    assert ask("mixed", raw=True) == ask("prompt") == ["Hi"]
 
 
 def test_a_system_message_needs_a_chat():
