@@ -341,11 +341,15 @@ def stack_sizes(path: str, leaf: Any) -> tuple[int, ...]:
     """Sizes of a leaf's stack dims."""
     if isinstance(leaf, LoraArray):
         return tuple(leaf.shape[d] for d in stack_dims(leaf.roles))
-    return tuple(leaf.shape[: names.stack_depth(bare(path))])
+    trains = isinstance(leaf, SavedArray | RowsArray)
+    # `h.kernel`, a module's matrix or a parameter of stacked layers, has to be told if it trains.
+    return tuple(leaf.shape[: names.stack_depth(bare(path) if trains else module_of(bare(path)))])
 
 
 def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
     module = module_of(bare(path))
+    if not stack:  # a single module may be called `layer`, or lie in one
+        return module
     if len(layer) == names.stack_depth(module):
         return names.module_name(module, layer)
     # A stack under a component that no table of names has, such as `blocks`.

@@ -186,3 +186,22 @@ def test_tables_of_a_model_of_ones_own_are_embeddings_of_peft(tmp_path):
             read[f"base_model.model.lm_head.lora_{of_head}.weight"],
             read[f"base_model.model.emb.lora_embedding_{of_table}"].T,
         )
+
+
+@pytest.mark.parametrize("name", ["h", "layers", "experts", "layer.fc1", "h.attn", "blocks.1.h"])
+def test_a_single_module_may_have_the_name_of_a_stack(tmp_path, name):
+    params = nested({f"{name}.kernel": jnp.eye(8), "head.kernel": jnp.ones((8, 4))})
+
+    def fn(params, x):
+        flat = leaves_by_path(params)
+        return x @ flat[f"{name}.kernel"] @ flat["head.kernel"]
+
+    x = jnp.ones((2, 8))
+    last = name.rpartition(".")[2]
+    config = LoraConfig(rank=2, target_modules=(last,), init="random")
+    tree = init(jax.random.key(0), plan(config, fn, params, x), params)
+    api.save_peft(tmp_path / "a", tree, config)
+    back, _ = api.load_peft(tmp_path / "a", fn, params, x)
+    one, other = (leaves_by_path(t)[f"{name}.kernel"] for t in (tree, back))
+    np.testing.assert_array_equal(one.a, other.a)
+    np.testing.assert_array_equal(one.b, other.b)
