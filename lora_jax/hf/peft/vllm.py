@@ -198,6 +198,12 @@ def _check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str)
     ):
         if on:
             raise ValueError(f"{reader} cannot serve an adapter with {what}; {_INSTEAD}")
+    for name, tensor in tensors.items():
+        if tensor.ndim > 2:
+            raise ValueError(
+                f"{reader} cannot serve an adapter of a convolution, `{name}` of shape "
+                f"{tensor.shape}; {_INSTEAD}"
+            )
     for part, what in _ELSEWHERE.items():
         if any(f".{part}." in name for name in tensors):
             raise ValueError(

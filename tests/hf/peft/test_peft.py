@@ -382,6 +382,9 @@ def test_kernels_of_any_layout_are_written_alike():
     theirs = one["base_model.model.conv.lora_A.weight"]
     np.testing.assert_array_equal(theirs, np.float32(a.transpose(3, 2, 0, 1)))
     assert one["base_model.model.conv.lora_B.weight"].shape == (6, 2, 1, 1)
+    fields = config.to_peft()
+    with pytest.raises(ValueError, match="cannot serve an adapter of a convolution, `base_model"):
+        for_vllm(fields, one, config)
 
 
 def test_parameters_whose_order_nobody_knows():
