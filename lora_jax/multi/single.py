@@ -175,12 +175,18 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
 
 
 def check_single(lora_params: PyTree) -> None:
-    """Checks that a tree is no stack, for what takes one adapter.
+    """Checks that a tree is no stack and has a name for each leaf, for what takes one adapter.
 
     Raises:
-      ValueError: it is a stack.
+      ValueError: it is a stack, or two leaves have the same name.
     """
-    if any(is_stack(x) for x in jax.tree.leaves(lora_params, is_leaf=is_leaf)):
+    flat, _ = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
+    names = [paths.spell(path) for path, _ in flat]
+    # {"a": {"b": x}, "a.b": y}: one of the two would be lost.
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two leaves of `lora_params` have the same name `{twice}`: rename one")
+    if any(is_stack(x) for _, x in flat):
         raise ValueError(
             "`lora_params` is a stack of adapters: pass one of them, "
             "`lora.multi.adapter(stacked, index)`"

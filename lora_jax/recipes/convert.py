@@ -41,12 +41,15 @@ def check_source(source: str | Path, *, step: int | None = None) -> None:
     check(source, step)
 
 
-def check_output(output: str | Path, *, to: str) -> None:
-    """Checks that the output does not exist, for a format that replaces nothing.
+def check_output(output: str | Path, *, to: str, source: str | Path) -> None:
+    """Checks that the output is not the source, and for a format that replaces nothing is new.
 
     Raises:
       FileExistsError: the output exists.
+      ValueError: it is the source, or the format is unknown.
     """
+    if Path(output).resolve() == Path(source).resolve():
+        raise SettingsError(f"`output` {output} is the adapter that is read: name another place")
     if to not in ADAPTER_FORMATS:
         raise ValueError(f"`to` must be one of {', '.join(ADAPTER_FORMATS)}, got {to!r}")
     if not ADAPTER_FORMATS[to].replaces:
@@ -139,6 +142,7 @@ def convert(
     from lora_jax.recipes.forms import carry_form
 
     _check_target(to, CONVERTED, dtype)
+    check_output(output, to=to, source=source)
     given, wanted = ADAPTER_FORMATS[kind_of(source)], ADAPTER_FORMATS[to]
     # llama.cpp permutes rows of q and k, by numbers of heads that only the model has.
     if base is None and (given.needs_base or wanted.needs_base):

@@ -44,7 +44,7 @@ def export_adapter(
     """
     # Before the model is loaded, as that takes a while.
     convert.check_source(adapter, step=step)
-    convert.check_output(output, to=to)
+    convert.check_output(output, to=to, source=adapter)
     model = load_model(
         source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block,
         head=read_trained(adapter),

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import models
 from lora_jax.compat import moved
 from lora_jax.config.arguments import SettingsError, check_argument
-from lora_jax.models.registry import ENCODER_DECODER, kind_of_model
+from lora_jax.models.registry import ENCODER, ENCODER_DECODER, IMAGE_ENCODER, kind_of_model
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train.evaluate import check_texts, tokenizer_of
@@ -144,8 +144,13 @@ def generate_texts(
       One text for each question, without special tokens.
 
     Raises:
-      ValueError: the model has no tokenizer, or a prompt no room in its context.
+      ValueError: the model is an encoder or has no tokenizer, or a prompt no room in its context.
     """
+    if kind_of_model(model) in (ENCODER, IMAGE_ENCODER):
+        raise ValueError(
+            f"this `{model.config.model_type}` is an encoder, which generates no text, and has no "
+            "head for a task: give an adapter or a checkpoint that has one"
+        )
     tokenizer = tokenizer_of(model)
     order = "recipes.generate.generate_texts(model, params, questions, config)"
     check_argument(order, "config", config, GenerateConfig)

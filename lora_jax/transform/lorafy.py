@@ -131,6 +131,11 @@ def lorafy(
 
         call = run.Call(args, kwargs, key=lora_key, row_axes=row_axes, out_axes=out_axes)
         if adapter_ids is not None:
+            if stacks and stacks[0].chosen:
+                raise ValueError(
+                    "`lora_params` has the rows' adapters already, from `lora.select`: leave "
+                    "`adapter_ids` out, or pass the stack itself"
+                )
             options = {"token_axes": token_axes, "strategy": adapter_strategy}
             return run.run(one, lora_params, adapter_ids, call, **options)
         if not stacks[0].chosen:

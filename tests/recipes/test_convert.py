@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, models
+from lora_jax.config.arguments import SettingsError
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.peft.api import load_peft, save_peft
@@ -202,6 +203,11 @@ def test_the_report_of_an_adapter(folder, trained, name):
     assert f"layer  {'attn_k' if name == 'a.gguf' else column:>9}" in text
     assert f"{change:.4g}" in text
     assert re.search(r"^  problems +none$", text, re.MULTILINE)
+
+
+def test_an_adapter_is_not_written_over_itself(folder):
+    with pytest.raises(SettingsError, match="is the adapter that is read: name another place"):
+        convert.convert(folder / "peft", folder / "." / "peft", to="vllm")
 
 
 @pytest.mark.parametrize("to", ["vllm", "mlx", "gguf"])
