@@ -27,6 +27,7 @@ from lora_jax.analysis.step_memory import compiled
 from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.liveness import alive
+from lora_jax.analysis.step_memory.program import HABITS
 from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
 from lora_jax.train.memory import tree_bytes
 
@@ -95,7 +96,8 @@ def row(said: dict) -> dict:
     forward = llama_step.forward_of(said["model"], length=length)
     shapes = llama_step.lora_shapes(forward, form, rank=16, batch=1, length=length,
                                     backend="gpu")  # fmt: skip
-    found = alive(llama_step.lora_step(forward), *shapes, donate=(0, 1))
+    step = llama_step.lora_step(forward)
+    found = alive(step, *shapes, donate=(0, 1), habits=HABITS["gpu"])
     arguments = sum(tree_bytes(x) for x in jax.tree.leaves(shapes))
     total = (arguments + found.bytes) / GIB
     return {
