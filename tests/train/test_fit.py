@@ -254,6 +254,7 @@ def stop(record):
         raise RuntimeError("stopped")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_buckets(tmp_path, monkeypatch):
     """Also where the rule that chose them has changed; a checkpoint without them follows it."""
     options: Any = {"steps": 6, "evals": 0, "buckets": None, "save_every": 2}
