@@ -20,6 +20,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.train import archive, buckets
+from lora_jax.train.preparation import arrange
 from lora_jax.train.step import Programs
 
 from tests.support.places import ROOT
@@ -29,6 +30,7 @@ from tests.support.train_toys import (
     assert_same_bits,
     compiled_once,
     numbers,
+    toy_config,
     toy_data,
     toy_fit,
     toy_lora,
@@ -252,6 +254,17 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
 def stop(record):
     if record["step"] == 3:
         raise RuntimeError("stopped")
+
+
+def test_a_resumed_run_has_the_ladder_of_its_checkpoint(tmp_path, monkeypatch):
+    options: Any = {"steps": 1, "buckets": None}
+    toy_fit(tmp_path, evals=0, **options)
+    fresh = toy_config(**options)
+    ladder, *_ = arrange(Toy(), toy_data(), fresh)
+    monkeypatch.setattr(buckets, "_LEAST", 1)
+    monkeypatch.setattr(buckets, "_MOST", 1)
+    kept, *_ = arrange(Toy(), toy_data(), toy_config(tmp_path, resume=True, **options))
+    assert kept == ladder != arrange(Toy(), toy_data(), fresh)[0]
 
 
 @pytest.mark.slow
