@@ -75,9 +75,7 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
                 f"{getattr(config, name)}; take a divisor of both"
             )
     share = {name: getattr(config, name) // count for name in divided}
-    # Without it `head_dim` would be derived from the divided heads, and the scale of the scores
-    # from that.
-    return dataclasses.replace(config, head_dim=config.head_dim, **share)
+    return dataclasses.replace(config, **share)
 
 
 # The assumptions behind an estimate on a mesh, in a line.

@@ -14,7 +14,7 @@ from lora_jax import models
 from lora_jax.array import leaves_by_path
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.experts import FactorPair, multipliers, together
-from lora_jax.hf.gguf.fields import Stated
+from lora_jax.hf.gguf.fields import Stated, short
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
@@ -222,6 +222,10 @@ def test_a_file_states_the_fields_of_config_json(family, change, want):
     known = {k: v for k, v in CASES[family].items() if k != "head_dim" or "v_head_dim" not in found}
     want = {**known, **want}
     assert {k: v for k, v in found.items() if k in want} == {k: want[k] for k in found if k in want}
+
+
+def test_a_number_is_the_shortest_with_its_float32():
+    assert short(float(np.float32(1e-5))) == 1e-5
 
 
 BLOCKS = "`attention.sliding_window_pattern` must have a whole number for each of 4 blocks"
