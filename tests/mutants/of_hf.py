@@ -395,4 +395,17 @@ FAULTS = [
         "tests/hf/peft/test_peft.py",
         ("scales == {matching.scale_of(config, rank, config.alpha)}", "len(scales) == 1"),
     ),
+    *in_file(
+        "hf/peft/vllm.py",
+        "tests/hf/peft/test_peft.py",
+        ('model_type.removesuffix("_text") if ".language_model." in module else model_type',
+         "model_type"),
+        ("(count, 2 * width, rank))", "(count, width, rank))"),
+        ("gate_up._replace(module=module + BASE)", "gate_up._replace(module=module)"),
+    ),
+    *in_file(
+        "hf/gguf/fields.py",
+        "tests/hf/gguf/test_families.py",
+        ("float(str(np.float32(value)))", "float(np.float32(value))"),
+    ),
 ]  # fmt: skip

@@ -290,4 +290,10 @@ FAULTS = [
         ("wide=config.norm_wide,", "wide=False,"),
         ("centered=config.norm_centered,", "centered=False,"),
     ),
+    *in_file(
+        "models/llama_parts.py",
+        "tests/models/test_gemma4.py",
+        ("normal(v, self.eps) if self.v_norm else v", "v"),
+        ("config.k_eq_v and kind.slides is False", "config.k_eq_v"),
+    ),
 ]  # fmt: skip

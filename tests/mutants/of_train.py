@@ -205,4 +205,10 @@ FAULTS = [
         ("metrics.rewind(records, -1)", "pass"),
         ("step is not None or (directory / metrics.METRICS).exists()", "step is not None"),
     ),
+    *in_file(
+        "train/preparation.py",
+        "tests/train/test_packing.py",
+        ("-(-max(lengths) // row_multiple(spans)) * row_multiple(spans)", "max(lengths)"),
+        ("epochs=-(-total // choice.steps)", "epochs=max(total // choice.steps, 1)"),
+    ),
 ]  # fmt: skip

@@ -95,6 +95,11 @@ def test_a_constant_matrix_is_no_activation():
     assert found[-1] == ("contract", {0, 1, 2}, set())
 
 
+def test_a_kernel_of_fixed_positions_has_its_inputs_from_the_first_product():
+    found = uses(lambda p, x: x @ (jnp.tri(5, 8) @ p[0]).T, (8, 6), x=(2, 5, 6))[0]
+    assert found == [("transform", {0}, set()), ("contract", {0}, set())]
+
+
 def test_unused_and_dead_leaves():
     def fn(p, x):
         dead = x @ p[1]

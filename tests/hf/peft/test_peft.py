@@ -18,7 +18,7 @@ from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.load import check_task
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.hf.peft.settle import settled
-from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.hf.peft.vllm import _experts, _Pair, for_vllm
 from lora_jax.multi.stack import stack
 from lora_jax.plan.decide import plan
 from lora_jax.tree import init
@@ -467,10 +467,23 @@ def test_vllm_reads_the_rank_and_the_scale_that_the_patterns_give_all(fields, sc
     np.testing.assert_allclose(factor * read.alpha / read.rank, scale, rtol=1e-6)
 
 
+def test_vllm_gets_experts_as_the_models_type_has_them():
+    plain, wrapped = "model.layers.0.mlp.experts", "model.language_model.layers.0.mlp.experts"
+    down = _Pair(plain, np.ones((4 * 2, 5)), np.ones((6, 2 * 4)), 2, 1.0)
+    each = {pair.module: (pair.a.shape, pair.b.shape)
+            for pair in _experts(plain, {"down_proj": down}, "qwen3_5_moe_text")}  # fmt: skip
+    # What has no adapter gets one of zeros.
+    one = ((2, 6), (5, 2))
+    shapes = {"gate_proj": one, "up_proj": one, "down_proj": ((2, 5), (6, 2))}
+    assert each == {f"{plain}.{e}.{name}": s for e in range(4) for name, s in shapes.items()}
+    for module, kind in ((plain, "gpt_oss"), (wrapped, "qwen3_5_moe_text")):
+        both = _experts(module, {"down_proj": down._replace(module=module)}, kind)
+        # PEFT nests the adapters of gate and up inside that of down.
+        assert [pair.module for pair in both] == [f"{module}.base_layer", module]
+
+
 def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
     fields, tensors = to_peft(tree, QV)
-    from lora_jax.hf.peft.vllm import for_vllm
-
     same, folded = for_vllm(fields, tensors, QV)
     assert same == fields
     for name, value in tensors.items():
