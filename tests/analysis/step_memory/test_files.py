@@ -44,9 +44,11 @@ MESHES = [{}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}]
         ("q4_0", {"fsdp": 2}),
         *(
             pytest.param(kind, mesh, marks=pytest.mark.slow)
-            for kind in ("q4_0", "gptq", "fp8")
+            for kind in ("q4_0", "fp8")
             for mesh in MESHES
         ),
+        # Inputs in an order of their own are not cut.
+        pytest.param("gptq", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
