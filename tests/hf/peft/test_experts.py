@@ -391,6 +391,13 @@ def test_gate_and_up_in_one_have_the_scale_of_each(rslora, factor):
         for part, shape in (("A", (3, 8)), ("B", (6, 3)))
     }  # fmt: skip
     config = lora.LoraConfig(rank=3, alpha=5, target_modules=("w1", "w3"), use_rslora=rslora)
-    found, _ = fused(config, tensors, ["model.layers.0.mlp.experts.gate_up_proj"], "file")
+    paths = ["model.layers.0.mlp.experts.gate_up_proj"]
+    found, named = fused(config, tensors, paths, "file")
+    assert set(named) == {f"{block}.lora_{part}.weight" for part in "AB"}
+    # With an adapter of down beside it, PEFT has that of gate and up inside.
+    down = {f"{block}.{e}.w2.lora_{part}.weight": np.ones((3, 3)) for e in (0, 1) for part in "AB"}
+    _, both = fused(config, {**tensors, **down}, paths, "file")
+    inside = {f"{block}.base_layer.lora_{part}.weight" for part in "AB"}
+    assert set(both) == {*named, *inside}
     assert found.rank_pattern == {r".*\.gate_up_proj": 6}
     assert found.alpha_pattern == {r".*\.gate_up_proj": 5 * factor}
