@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lora_jax import compat, paths
@@ -167,20 +166,10 @@ def _gradients(
         sums = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, grads)
         return (total + value, sums), None
 
-    zeros = jax.tree.map(_zeros, trainable)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trainable)
     start = (jnp.zeros((), jnp.float32), zeros)
     (total, grads), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
     return total, grads
-
-
-def _zeros(p: Array) -> Float[Array, "..."]:
-    """Float32 zeros for the sums of a parameter's gradients, typed by explicit axes as it is.
-
-    Where axes are automatic the compiler places them: with a place of their own XLA's collectives
-    on a CPU wait for each other.
-    """
-    zeros, spec = jnp.zeros(p.shape, jnp.float32), compat.spec_of(p)
-    return zeros if spec is None else jax.sharding.reshard(zeros, PartitionSpec(*spec))
 
 
 def split_full(params: Any) -> tuple[Any, Any]:
