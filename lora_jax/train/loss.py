@@ -183,6 +183,8 @@ def _of_whole_rows(model: Any, goal: Goal, rows: Rows) -> Callable:
     """
     both_ways = kind_of_model(model) == ENCODER
     typed = both_ways and model.config.typed
+    # A text's logits are of its row, wherever its tokens are.
+    by_text = rows._replace(tokens=None, spans=1)
 
     def losses(
         params: Any,
@@ -206,7 +208,7 @@ def _of_whole_rows(model: Any, goal: Goal, rows: Rows) -> Callable:
         if goal.per == "token":
             found = _pick_apart(logits, positions, rows)
         else:
-            apart = _spread(logits.reshape(rows.parts, -1, logits.shape[-1]), rows)
+            apart = _spread(logits.reshape(rows.parts, -1, logits.shape[-1]), by_text)
             starts = jnp.arange(rows.parts) * apart.shape[1]
             own = numbers.reshape(rows.parts, -1) - starts[:, None]
             found = jax.vmap(lambda some, row: some[row])(apart, own)
