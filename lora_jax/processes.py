@@ -9,6 +9,7 @@ With a single process every function here does nothing beside its own work.
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -44,8 +45,8 @@ def join(
       process_id: the number of this one, from 0.
 
     Raises:
-      ValueError: only some of the arguments are given, the number is none of a process, or there is
-        no scheduler that JAX detects.
+      ValueError: only some of the arguments are given, the address has no port, the number is none
+        of a process, or there is no scheduler that JAX detects.
       RuntimeError: JAX has started its devices already.
       SystemExit: the other processes do not come within five minutes; the process ends at once,
         as JAX waits where Python cannot raise an error.
@@ -61,6 +62,10 @@ def join(
         raise ValueError(
             f"`process_id` is {process_id}, and `processes` is {processes}: the processes are "
             "numbered from 0 to one less than there are"
+        )
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise ValueError(
+            f"`coordinator` must be HOST:PORT of process 0, such as host0:1234, got {coordinator!r}"
         )
     # JAX's handler of SIGTERM would swallow the signal while a model loads; `fit` has its own.
     jax.config.update("jax_enable_preemption_service", False)

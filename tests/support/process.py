@@ -29,7 +29,7 @@ if job["count"] > 1:
 # After `join`: they make arrays.
 import lora_jax as lora  # noqa: E402
 
-from tests.support.mesh_runs import KINDS, OWN, adapted, data, make  # noqa: E402
+from tests.support.mesh_runs import KINDS, OWN, adapted, data_of, make  # noqa: E402
 
 
 def stop(record: dict) -> None:
@@ -48,7 +48,7 @@ try:
         params = lora.sharding.place(params, models.make_mesh(**job["mesh"]), RULES)
     usual = dict(batch_size=16, buckets=1, learning_rate=1e-2, epsilon=1e-3, progress=False)
     training = {**usual, "steps": 10, **extra, **job["training"]}
-    examples = data()[job.get("skip", 0) :]
+    examples = data_of(model)[job.get("skip", 0) :]
     result = train.fit(
         model,
         params,
@@ -62,7 +62,8 @@ try:
         loss = train.evaluate(model, result.lora_params, examples[:8], batch_size=8)
         np.testing.assert_allclose(loss, last, rtol=1e-5)
     if "adapter" in job:
-        lora.hf.save_peft(job["adapter"], result.lora_params, config, model_type="llama")
+        kind = model.config.model_type
+        lora.hf.save_peft(job["adapter"], result.lora_params, config, model_type=kind)
     if "merged" in job:
         save_merged(job["merged"], model, result.lora_params)
         lora.hf.save_weights(job["merged"] + "-own", lora.merge(result.lora_params), OWN)

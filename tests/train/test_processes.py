@@ -1,6 +1,7 @@
 """Training in several processes of this machine, joined by `jax.distributed` over gloo."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,17 +22,27 @@ pytestmark = pytest.mark.once
 FILE = "model.safetensors"
 
 
-def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("images", "answers of t5")]
+
+
+@pytest.mark.parametrize("kind", ["lora", *OTHERS])
+def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path, kind):
     training = {"output_dir": str(tmp_path), "save_every": 10}
-    job = {"mesh": {"fsdp": 2}, "stop_after": 3, "stopped": 1, "signal": "SIGTERM"}
+    job = {"mesh": {"fsdp": 2}, "kind": kind, "stopped": 1, "stop_after": 3, "signal": "SIGTERM"}
     ended = start(2, 1, {**job, "training": training})
     steps = {re.search(r"ended by SIGTERM after step (\d) of 10", text)[1] for text, _ in ended}
     assert [status for _, status in ended] == [143, 143]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == list(steps)
     # Resumed in one process on eight devices.
-    mesh = models.make_mesh(data=2, fsdp=4)
-    losses, _ = run(make(), {}, {**training, "output_dir": tmp_path, "resume": True}, mesh)
-    np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+    check_resumed(kind, training, models.make_mesh(data=2, fsdp=4))
+
+
+def check_resumed(kind, training, mesh):
+    """A run goes on in this process, on a mesh, with the losses of one device."""
+    options, settings, extra = KINDS[kind]
+    again = {**extra, **training, "output_dir": Path(training["output_dir"]), "resume": True}
+    losses, _ = run(make(**options), settings, again, mesh)
+    np.testing.assert_allclose(losses, one_device(kind)[0], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -57,6 +68,12 @@ def test_a_process_that_never_comes_is_waited_for_and_said(number):
         (2, 2, {"data": 2, "fsdp": 2}, "packed"),
         (2, 2, {"data": 2, "context": 2}, "packed"),
         (2, 4, {"expert": 4, "fsdp": 2}, "experts"),
+        (2, 4, {"data": 2, "fsdp": 4}, "images"),
+        (4, 2, {"fsdp": 4, "tensor": 2}, "images"),
+        (2, 4, {"fsdp": 4, "tensor": 2}, "answers of t5"),
+        (4, 2, {"data": 2, "fsdp": 4}, "answers of t5"),
+        (2, 2, {"data": 2, "context": 2}, "classes of tokens"),
+        (4, 1, {"fsdp": 4}, "questions"),
     ],
 )
 def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh, kind):
@@ -101,15 +118,14 @@ def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes_on_another_mesh(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", *OTHERS])
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes_on_another_mesh(tmp_path, kind):
     training = {"output_dir": str(tmp_path), "save_every": 2}
     job = {"mesh": {"data": 2, "fsdp": 2}, "stop_after": 5, "stopped": 1, "signal": "SIGKILL"}
-    (first, status), (second, killed) = start(2, 2, {**job, "training": training})
+    (first, status), (_, killed) = start(2, 2, {**job, "kind": kind, "training": training})
     assert killed == -9 and status not in (0, None)
     assert "another task died" in first
-    mesh = models.make_mesh(tensor=8)
-    losses, _ = run(make(), {}, {**training, "output_dir": tmp_path, "resume": True}, mesh)
-    np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+    check_resumed(kind, training, models.make_mesh(tensor=8))
 
 
 @pytest.mark.slow
@@ -214,6 +230,7 @@ def test_a_mesh_that_does_not_fit_is_refused_by_all(tmp_path, mesh, batch, expec
         (dict(coordinator="localhost:1", processes=2), "`process_id` is missing"),
         (dict(coordinator="localhost:1", processes=2, process_id=2), "`process_id` is 2, and"),
         (dict(coordinator="localhost:1", processes=0, process_id=0), "and `processes` is 0: the"),
+        (dict(coordinator="host0", processes=1, process_id=0), "must be HOST:PORT of process 0"),
     ],
 )
 def test_half_a_description_of_the_processes_is_refused(arguments, expected):
