@@ -10,7 +10,8 @@
     context  the tokens of a row, see `lora_jax.models.context`; every weight is copied
 
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
-    o, down                  (in, out)        P(("tensor", "fsdp"), None)
+    o, down                  (in, out)        P(("tensor", "fsdp"), None), or by outputs where the
+                                              blocks of a quantized one leave inputs whole
     table                    (vocabulary, d)  P("tensor", "fsdp")
     experts                  (E, in, out)     P(("expert", "fsdp"), None, "tensor"), and the inner
                                               size of down by "tensor"
@@ -57,6 +58,7 @@ RULES = Rules(
         "heads": ("tensor", "fsdp"),
         "mlp": ("tensor", "fsdp"),
         "hidden": ("fsdp",),
+        "outputs": ("tensor", "fsdp"),
         "other": ("fsdp",),
         "layers": (),
         "experts": (EXPERTS, "fsdp"),
@@ -71,10 +73,10 @@ RULES = Rules(
         LeafDims(_named(_UP, "kernel"), ("hidden", "mlp")),
         LeafDims(r"(^|\.)experts\.gate_up_proj$", ("experts", "hidden", "mlp"), (0, 1, 2)),
         LeafDims(r"(^|\.)experts\.down_proj$", ("experts", "mlp", "hidden"), (0, 1, 2)),
-        LeafDims(r"(^|\.)experts\.(gate_up|down)_proj_bias$", ("experts", "outputs")),
+        LeafDims(r"(^|\.)experts\.(gate_up|down)_proj_bias$", ("experts", "bias")),
         LeafDims(r"(^|\.)lm_head\.kernel$", ("hidden", "vocabulary")),
-        LeafDims(_named(_OUT, "kernel"), ("heads", "hidden")),
-        LeafDims(_named(_DOWN, "kernel"), ("mlp", "hidden")),
+        LeafDims(_named(_OUT, "kernel"), ("heads", "outputs")),
+        LeafDims(_named(_DOWN, "kernel"), ("mlp", "outputs")),
         LeafDims(_named(_QKV, "bias"), ("heads",), (0,)),
         LeafDims(_named(_UP, "bias"), ("mlp",), (0,)),
         LeafDims(r"(^|\.)lm_head\.bias$", ("vocabulary",), (0,)),

@@ -99,6 +99,11 @@ def test_a_quantized_matrix_keeps_its_superblocks_whole():
     assert specs(q, RULES, {"fsdp": 2})["q_proj"]["kernel"] == P("fsdp", None)
     # Four parts of 256 inputs would be half a superblock each.
     assert specs(q, RULES, {"fsdp": 4})["q_proj"]["kernel"] == P(None, "fsdp")
+    q = {"down_proj": q["q_proj"]}
+    assert specs(q, RULES, {"tensor": 2})["down_proj"]["kernel"] == P("tensor", None)
+    assert specs(q, RULES, {"tensor": 4})["down_proj"]["kernel"] == P(None, "tensor")
+    both = specs(q, RULES, {"fsdp": 2, "tensor": 4})
+    assert both["down_proj"]["kernel"] == P("fsdp", "tensor")
 
 
 def test_rules_are_changed_by_a_dim_or_by_a_pattern_on_paths():
