@@ -193,4 +193,7 @@ def check_mesh(kind: str, mesh: Any) -> None:
     np.testing.assert_allclose(losses, want, rtol=relative)
     for x, y in zip(jax.tree.leaves(adapters), jax.tree.leaves(expected), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        assert np.linalg.norm(x - y) <= relative * np.linalg.norm(y)
+        size = np.linalg.norm(y)
+        # A bias of the scores of all tokens of a row has no gradient but rounding.
+        most = relative * size if size > 1e-4 else 1e-4
+        assert np.linalg.norm(x - y) <= most
