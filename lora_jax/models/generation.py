@@ -79,7 +79,8 @@ def generate(
     at = placement(model, params)
     params = params_on(params, at)
     if adapter_ids is not None:
-        params = select(params, adapter_ids)
+        with entered(at):
+            params = select(params, adapter_ids)
     stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     keys = _row_keys(key, len(prompts)) if temperature > 0 else None

@@ -106,7 +106,7 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
       The mesh, for `models.load(source, mesh=mesh)` and `lora_jax.sharding.place`.
 
     Raises:
-      TypeError: a number as `devices`.
+      TypeError: `devices` are none.
       ValueError: an unknown axis, or numbers that do not multiply up to the devices.
 
     Example:
@@ -114,12 +114,13 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
       >>> dict(lora.models.make_mesh(fsdp=-1).shape)["fsdp"] >= 1
       True
     """
-    if isinstance(devices, int):
+    given = jax.devices() if devices is None else devices
+    found = [] if isinstance(given, int) else list(given)
+    if not found or not all(isinstance(each, jax.Device) for each in found):
         raise TypeError(
-            f"`devices` must be devices, such as `jax.devices()[:{devices}]`, got {devices}: their "
-            "number along an axis is that axis' argument, `fsdp=-1` for all of them"
+            f"`devices` must be devices, such as `jax.devices()[:4]`, got {kind_of(devices)}: "
+            "their number along an axis is that axis' argument, `fsdp=-1` for all of them"
         )
-    found = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(axes, len(found))
     return jax.make_mesh(
         tuple(sizes.values()),

@@ -1,7 +1,6 @@
 """The sharding rules of base models: the mesh axis of each dim, and how a user changes them."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import pytest
@@ -165,10 +164,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
         lora.models.make_mesh(**axes)
 
 
-def test_a_number_of_devices_is_refused():
-    number: Any = 8
+@pytest.mark.parametrize("none", [8, "cpu", [], [0, 1]])
+def test_what_is_no_device_is_refused(none):
     with pytest.raises(TypeError, match=r"`devices` must be devices, such as .*`fsdp=-1`"):
-        lora.models.make_mesh(devices=number)
+        lora.models.make_mesh(devices=none)
 
 
 @pytest.mark.parametrize(
