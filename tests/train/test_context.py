@@ -32,12 +32,14 @@ MESHES: dict[str, dict[str, Any]] = {
 
 def cases():
     for kind in KINDS:
+        if kind in ("images", "answers of t5"):
+            continue  # whole rows alone
         for mesh in MESHES:
             quick = (kind, mesh) == ("packed", "fsdp=2,context=2,tensor=2")
             yield pytest.param(kind, mesh, marks=[] if quick else pytest.mark.slow)
 
 
-# `o_proj` in NF4 is too small to be cut along its inputs.
+# BERT and GPT-2 have no rules for `tensor`.
 @pytest.mark.filterwarnings("ignore:every device holds all of")
 @pytest.mark.parametrize(("kind", "mesh"), cases())
 def test_the_losses_and_adapters_are_those_of_one_device(kind, mesh):
