@@ -27,7 +27,7 @@ FAULTS = [
         "tests/train/test_loss.py tests/train/test_fit.py",
         ("grad(trainable, frozen, part, jax.random.fold_in(key, number))",
          "grad(trainable, frozen, part, key)"),
-        ("jnp.zeros(p.shape, jnp.float32), compat", "jnp.zeros(p.shape, p.dtype), compat"),
+        ("jnp.zeros_like(p, jnp.float32)", "jnp.zeros_like(p)"),
         ("count = jnp.maximum(learned, 1.0)", "count = learned"),
         ("optax.tree.norm(grads)", "optax.tree.norm(updates)"),
         ("(step + 1) / max(warm, 1)", "step / max(warm, 1)"),
