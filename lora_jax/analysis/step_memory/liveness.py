@@ -179,7 +179,7 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             found.append(_Kernel(x.node.at + 0.25 if x.node else at - 0.25, None, [copy], [x]))
             reads = [copy if y is x else y for y in reads]
         if habits.iteration and _fills(node):
-            if zeros.isdisjoint(writes):
+            if habits.recomputes and zeros.isdisjoint(writes):
                 continue  # the array of a later reader
             at = -1
         if node.op == "scan" and (habits.early_zeros or habits.iteration):
@@ -214,7 +214,7 @@ def _zeros(program: Program, habits: Habits) -> set[Value]:
     """The zeros that have a buffer of their own from the start: of as many numbers, the last used.
 
     As many zeros are one array, of which each scatter and each loop but the last takes a copy. Of
-    a loop, the stacks that it fills stand for their zeros.
+    a loop, the stacks that it fills stand for their zeros. On a CPU each scatter has its own.
     """
     found = []
     for node in program.nodes:
@@ -222,7 +222,7 @@ def _zeros(program: Program, habits: Habits) -> set[Value]:
             _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
             # Behind the carries, the results are the stacks that the loop fills.
             found += [(node.at, x) for x in node.outs[carries:]]
-        elif habits.iteration and _fills(node):
+        elif habits.iteration and habits.recomputes and _fills(node):
             found += [(program.users[x][-1].at, x) for x in node.outs if x in program.users]
     # The later ones replace the earlier.
     ordered = sorted(found, key=lambda one: one[0])
