@@ -1,4 +1,4 @@
-"""The facts that the dataflow keeps for each variable, and the origins of an activation's dims."""
+"""The facts that the dataflow keeps for each variable: how they join, and where dims came from."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax import compat
 from lora_jax.array import Window
 from lora_jax.plan.leaf import Use
-from lora_jax.transform.dim_maps import window_axes
+from lora_jax.transform.dim_maps import whole, window_axes
 from lora_jax.transform.primitive import Dims
 
 
@@ -50,6 +50,42 @@ class Flow:
     fed: int = 0
     made: frozenset = frozenset()
     live: frozenset = frozenset()
+
+
+def fed_by(flows: Sequence[Flow]) -> int:
+    """The largest `fed` of several flows."""
+    return max((f.fed for f in flows), default=0)
+
+
+def joined(flows: Sequence[Flow]) -> Flow:
+    """One flow with the facts of several: of branches, or of an operation's operands."""
+    origins = [f.origin for f in flows if f.origin]
+    origin: Dims = ()
+    if origins and len({len(o) for o in origins}) == 1:
+        origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
+    return Flow(
+        tuple(t for f in flows for t in f.tracks),
+        origin=origin,
+        fed=fed_by(flows),
+        made=frozenset().union(*(f.made for f in flows)),
+        live=frozenset().union(*(f.live for f in flows)),
+    )
+
+
+def peeled(flow: Flow) -> Flow:
+    """An operand of a scan within one step: one index of its first dim is taken."""
+    tracks = tuple(
+        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | whole(t.dims, [0]))
+        for t in flow.tracks
+    )
+    return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
+
+
+def restacked(flow: Flow) -> Flow:
+    """A result of one step of a scan, stacked by the scan along a new first dim."""
+    tracks = tuple(dataclasses.replace(t, dims=(t.picked, *t.dims)) for t in flow.tracks)
+    origin = (frozenset(), *flow.origin) if flow.origin else ()
+    return dataclasses.replace(flow, tracks=tracks, origin=origin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,14 @@ from lora_jax.plan.flow import (
     Flow,
     Track,
     Usage,
+    fed_by,
     free_dims,
     is_constant_matrix,
+    joined,
     kernel_window,
     note_masks,
+    peeled,
+    restacked,
 )
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
@@ -31,7 +35,7 @@ from lora_jax.transform.dim_maps import (
     transformed,
     whole,
 )
-from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr, solve_bodies
+from lora_jax.transform.primitive import Body, DimFlow, inner_jaxpr, solve_bodies
 from lora_jax.transform.primitives import row_of
 
 
@@ -151,24 +155,24 @@ def _while(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
 def _cond(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     # Operand 0 is the number of the branch.
     outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
-    return [_merge(each) for each in zip(*outs, strict=True)]
+    return [joined(each) for each in zip(*outs, strict=True)]
 
 
 def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     consts, carry = compat.scan_counts(eqn.params, len(flows))
     state = _looped(flows, flows[consts : consts + carry])
-    inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
+    inside = [*flows[:consts], *state, *(peeled(f) for f in flows[consts + carry :])]
     outs = _inside(found, eqn.params["jaxpr"], inside)
-    return [*_entered(found, eqn, state, outs[:carry]), *(_stack(f) for f in outs[carry:])]
+    return [*_entered(found, eqn, state, outs[:carry]), *(restacked(f) for f in outs[carry:])]
 
 
 def _solve(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
-    fed, made, live = max(f.fed for f in flows), _all_made(flows), _all_live(flows)
+    solution = dataclasses.replace(joined(flows), tracks=(), origin=())
     # A product inside the solve decides the roles only where no product with features does.
     flows = [_unfactorized(found, eqn, f) for f in flows]
     for inner, given in solve_bodies(eqn, flows, [Flow(fed=1)] * len(eqn.outvars)):
         _inside(found, inner, given)
-    return [Flow(fed=fed, made=made, live=live)] * len(eqn.outvars)
+    return [solution] * len(eqn.outvars)
 
 
 def _unfactorized(found: Usage, eqn: Any, flow: Flow) -> Flow:
@@ -181,9 +185,9 @@ def _unfactorized(found: Usage, eqn: Any, flow: Flow) -> Flow:
 
 def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
     """The carries of a loop: zeros at its start, they may depend on arguments from step 2 on."""
-    fed, live = max((f.fed for f in flows), default=0), _all_live(flows)
+    given = joined(flows)
     return [
-        dataclasses.replace(f, fed=f.fed if f.tracks else max(f.fed, fed), live=live) for f in carry
+        dataclasses.replace(f, fed=f.fed if f.tracks else given.fed, live=given.live) for f in carry
     ]
 
 
@@ -200,46 +204,11 @@ def _other(found: Usage, eqn: Any, track: Track, *, constant: bool = True) -> Us
     return Use(name, line, "other", picked=track.picked, constant=constant)
 
 
-def _peel(flow: Flow) -> Flow:
-    """An operand of a scan within one step: one index of its first dim is taken."""
-    tracks = tuple(
-        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | whole(t.dims, [0]))
-        for t in flow.tracks
-    )
-    return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
-
-
-def _stack(flow: Flow) -> Flow:
-    """A result of one step of a scan, stacked by the scan along a new first dim."""
-    tracks = tuple(dataclasses.replace(t, dims=(t.picked, *t.dims)) for t in flow.tracks)
-    origin = (frozenset(), *flow.origin) if flow.origin else ()
-    return dataclasses.replace(flow, tracks=tracks, origin=origin)
-
-
-def _merge(flows: Sequence[Flow]) -> Flow:
-    """One flow with the facts of several: of branches, or of an operation's operands."""
-    origins = [f.origin for f in flows if f.origin]
-    origin: Dims = ()
-    if origins and len({len(o) for o in origins}) == 1:
-        origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
-    tracks = tuple(t for f in flows for t in f.tracks)
-    fed = max((f.fed for f in flows), default=0)
-    return Flow(tracks, origin=origin, fed=fed, made=_all_made(flows), live=_all_live(flows))
-
-
-def _all_live(flows: Sequence[Flow]) -> frozenset:
-    return frozenset().union(*(f.live for f in flows))
-
-
-def _all_made(flows: Sequence[Flow]) -> frozenset:
-    return frozenset().union(*(f.made for f in flows))
-
-
 def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list[Flow]:
     """The flows of the results of an operation that holds no jaxpr."""
     maps = [dims.maps(eqn, k) for k in range(len(flows))]
-    fed, made = max((f.fed for f in flows), default=0), _all_made(flows)
-    live = _all_live(flows)
+    given = joined(flows)
+    made, live = given.made, given.live
     if compat.name_of(eqn) == "stop_gradient":
         found.stopped.update(live)
         live = frozenset()
@@ -253,28 +222,22 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
 
     outs = []
     for j, var in enumerate(eqn.outvars):
+        record = j == 0  # once, however many results the operation has
         parts = []
         for k, flow in enumerate(flows):
             dim_map = None if (of_results := maps[k]) is None else of_results[j]
-            tracks = []
-            for track in flow.tracks:
-                after = _follow(
-                    found,
-                    eqn,
-                    flows,
-                    k,
-                    track=track,
-                    dim_map=dim_map,
-                    dims=dims,
-                    record=j == 0,  # once, however many results the operation has
+            followed = [
+                _follow(
+                    found, eqn, flows, k, track=track, dim_map=dim_map, dims=dims, record=record
                 )
-                if after is not None:
-                    tracks.append(after)
+                for track in flow.tracks
+            ]
+            tracks = [track for track in followed if track is not None]
             origin = through(flow.origin, dim_map) if dim_map is not None and flow.origin else ()
             parts.append(Flow(tuple(tracks), origin))
         if compat.name_of(eqn) == "dot_general":
             parts.append(Flow((), free_dims(found, eqn, flows, len(var.aval.shape))))
-        outs.append(dataclasses.replace(_merge(parts), fed=fed, made=made, live=live))
+        outs.append(dataclasses.replace(joined(parts), fed=given.fed, made=made, live=live))
     return outs
 
 
@@ -323,7 +286,7 @@ def _follow(
         return _carry(eqn, k, track, dim_map=dim_map, dims=dims)
 
     # Beside a constant matrix only an argument (2) counts as data, not another constant (1).
-    fed = max((f.fed for f in others), default=0) > int(is_constant_matrix(found, eqn, k, track))
+    fed = fed_by(others) > int(is_constant_matrix(found, eqn, k, track))
     # Combined with data, the weight is consumed, unless the operation is a rearrangement by index.
     if dim_map is None or (fed and not dims.takes_data(eqn, k)):
         if record and track.lookup < 0:
@@ -374,7 +337,7 @@ def _consumption(
     name, line = compat.name_of(eqn), found.lines[-1]
     axes = dims.contracted(eqn, k)
     if axes is not None:
-        fed = max((f.fed for f in others), default=0)
+        fed = fed_by(others)
         # Looked-up rows times a constant matrix are still a table's rows.
         if track.lookup >= 0 and not fed:
             return None
