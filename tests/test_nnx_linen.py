@@ -336,6 +336,53 @@ def test_a_tree_and_a_plan_that_do_not_belong_together():
         lora.nnx.Adapted(params, tree, plan)
 
 
+def _another(**fields):
+    """An adapted module, of another rank or scale than `CONFIG`, with factors that are not zero."""
+    fields = {"rank": 2, "target_modules": ("up", "down"), "init": "random", **fields}
+    module = NnxNet(nnx.Rngs(0))
+    module.eval()
+    return lora.nnx.adapt(module, lora.LoraConfig(**fields), X, key=jax.random.key(1))
+
+
+@pytest.mark.parametrize("fields", [dict(alpha=32), dict(rank=4, alpha=4), dict(use_dora=True)])
+def test_an_update_brings_the_scale_of_the_adapter(fields):
+    model, other = _another(), _another(**fields)
+    state = nnx.state(other, lora.nnx.LoraParam)
+    nnx.update(model, state)
+    close(model(X), other(X))
+    close(model.lora_params()["up"]["kernel"].scale, other.lora_params()["up"]["kernel"].scale)
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-2), wrt=lora.nnx.LoraParam)
+    grads = nnx.grad(lambda model: jnp.mean(model(X) ** 2))(model)
+    optimizer.update(model, grads)
+    assert not np.allclose(model(X), other(X), atol=1e-4)
+    # Its own state brings its own scale back.
+    nnx.update(model, nnx.state(_another(**fields), lora.nnx.LoraParam))
+    close(model(X), _another(**fields)(X))
+
+
+def test_an_update_with_a_part_of_another_adapter_is_refused():
+    of_two = (
+        "`down.kernel` has parts of two adapters, .*: update from the whole `nnx.state.other, lora"
+    )
+    model = _another()
+    nnx.update(model, nnx.state(_another(alpha=32), lambda path, _: path[-1] == "a"))
+    with pytest.raises(ValueError, match=of_two):
+        model(X)
+    # Arrays alone bring no scale; another rank is seen.
+    model = _another()
+    state = nnx.state(model, lora.nnx.LoraParam)
+    other = nnx.to_pure_dict(nnx.state(_another(rank=4), lora.nnx.LoraParam))
+    nnx.replace_by_pure_dict(state, other)
+    nnx.update(model, state)
+    with pytest.raises(ValueError, match=of_two):
+        model(X)
+    # A plain adapter would leave DoRA's magnitudes of the old one.
+    model = _another(use_dora=True)
+    nnx.update(model, nnx.state(_another(), lora.nnx.LoraParam))
+    with pytest.raises(ValueError, match=of_two):
+        model(X)
+
+
 @pytest.mark.wrong_types
 def test_modules_of_the_other_flax_are_sent_to_their_own_room():
     linen: Any = LinenNet()

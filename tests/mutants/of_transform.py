@@ -249,7 +249,7 @@ FAULTS = [
         ("_programs.pop(key, None)", "_programs.get(key)"),
     ),
     *in_file(
-        "plan/usage.py",
+        "plan/flow.py",
         "tests/plan/test_usage.py",
         ("picked=t.picked | whole(t.dims, [0])", "picked=whole(t.dims, [0])"),
     ),
@@ -264,5 +264,13 @@ FAULTS = [
         "plan/usage.py",
         "tests/plan/test_usage.py",
         ("if not track.mapped <= contracted:", "if False:"),
+    ),
+    *in_file(
+        "nnx/adapted.py",
+        "tests/test_nnx_linen.py",
+        ("dataclasses.replace(planned, scales=own.scales)", "planned"),
+        ("if others or own.parts", "if own.parts"),
+        ("own.parts != tuple(sorted(parts)) or", "False or"),
+        ("or leaf.rank == own.rank", "or True"),
     ),
 ]  # fmt: skip

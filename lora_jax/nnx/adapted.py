@@ -1,16 +1,12 @@
-"""Flax NNX: a module as a pure function of its parameters, and a module with adapters inside.
+"""An NNX module with adapters inside."""
 
-There is no arithmetic here.
-"""
-
+import dataclasses
 import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen
 import jax
 import numpy as np
 from flax import nnx
@@ -23,18 +19,13 @@ from lora_jax.config.arguments import check_argument, check_key
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.merge import merge as merge_tree
 from lora_jax.multi.single import check_single
+from lora_jax.nnx.functional import check_module, function_of, functional, written_by
 from lora_jax.plan.decide import LeftOutWarning
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.transform import lorafy
 from lora_jax.tree import init as init_tree
 from lora_jax.tree import make_leaf, trained_fields
-
-__all__ = ["Adapted", "FrozenParam", "Functional", "LoraParam", "adapt", "functional", "merged"]
-
-
-def __dir__() -> list[str]:
-    return __all__
 
 
 class LoraParam(nnx.LoRAParam):
@@ -51,84 +42,17 @@ class FrozenParam(nnx.Variable):
     """
 
 
-class Functional(NamedTuple):
-    """An NNX module as a function and its variables.
+class _Adapter(NamedTuple):
+    """What every `LoraParam` says of its leaf's adapter: metadata, which `nnx.update` brings along.
 
     Attributes:
-      fn: `fn(params, *args, state=None, **kwargs) -> output`, or `(output, new_state)` when
-        `state` is given.
-      params: the parameters, an `nnx.State` (a pytree).
-      state: every other variable (batch statistics, caches, random streams), an `nnx.State`.
+      rank, scales: of the leaf; 0 and () where it trains whole or in some rows.
+      parts: the names of its trained arrays.
     """
 
-    fn: Callable
-    params: Any
-    state: Any
-
-
-def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
-    """Splits an NNX module into a pure function and its parameters.
-
-    Args:
-      module: the module; it is not changed.
-      method: name of the method that `fn` calls, or of a layer's, "encoder.pool".
-
-    Returns:
-      `(fn, params, state)`. `fn(params, x)` uses the other variables as they are now, and raises
-      if the call changes them; `fn(params, x, state=state)` returns them updated.
-
-    Example:
-      fn, params, state = lora.nnx.functional(module)
-      plan = lora.plan(lora.LoraConfig(target_modules=("query",)), fn, params, x)
-    """
-    _check_module("module", module)
-    graph, params, held = nnx.split(module, nnx.Param, ...)
-    return Functional(_function(graph, held, method), params, held)
-
-
-def _check_module(name: str, module: Any) -> None:
-    """Raises `TypeError` for what is no NNX module; linen has modules too."""
-    if not isinstance(module, nnx.Module):
-        collections = isinstance(module, Mapping) and "params" in module
-        way_out = "pass the module itself, not its state or a function"
-        if collections or isinstance(module, flax.linen.Module):
-            way_out = "`lora.linen.functional(module, variables)` is for Flax linen"
-        raise TypeError(
-            f"`{name}` must be an `nnx.Module`, got `{type(module).__name__}`: {way_out}"
-        )
-
-
-def _function(graph: Any, held: PyTree, method: str) -> Callable:
-    """A module's method as a function of its parameters; `held` are its other variables."""
-
-    def fn(params: PyTree, *args, state: PyTree | None = None, **kwargs) -> Any:
-        # Copied, because a call may write to the variables of its module.
-        module = nnx.merge(graph, params, held if state is None else state, copy=True)
-        out = operator.attrgetter(method)(module)(*args, **kwargs)
-        _, _, after = nnx.split(module, nnx.Param, ...)
-        if state is not None:
-            return out, after
-        if written := _written(held, after):
-            changed = ", ".join(f"`{'.'.join(map(str, path))}`" for path, _ in written)
-            raise ValueError(
-                f"the call changes {changed}, which would be lost: "
-                "pass `state=state`, and keep the state that is returned"
-            )
-        return out
-
-    return fn
-
-
-def _written(before: PyTree, after: PyTree) -> list[tuple[Any, nnx.Variable]]:
-    """The variables that a call has changed, or made, with their paths."""
-    old = dict(nnx.to_flat_state(before))
-    return [(path, x) for path, x in nnx.to_flat_state(after) if not _is_same(old.get(path), x)]
-
-
-def _is_same(before: Any, after: Any) -> bool:
-    """By identity: a variable that is not written keeps its array object, also under a trace."""
-    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
-    return len(old) == len(new) and all(x is y for x, y in zip(old, new, strict=True))
+    rank: int
+    scales: tuple[float, ...]
+    parts: tuple[str, ...]
 
 
 _OWN = ("base", "adapters", "plan")  # the attributes of `Adapted`
@@ -162,7 +86,7 @@ class Adapted(nnx.Module):
         Raises:
           ValueError: the tree is not the planned one.
         """
-        _check_module("base", base)
+        check_module("base", base)
         check_argument("nnx.Adapted(base, lora_params, plan)", "plan", plan, Plan)
         check_single(lora_params)
         # A plan holds no arrays: it belongs to the module's structure, not to its state.
@@ -175,9 +99,11 @@ class Adapted(nnx.Module):
             if is_lora(leaf):
                 name = paths.spell(path)
                 _check_planned(name, leaf, planned.get(name), plan)
-                trained = {name: getattr(leaf, name) for name in trained_fields(leaf)}
+                fields = {name: getattr(leaf, name) for name in trained_fields(leaf)}
+                trained = {name: x for name, x in fields.items() if x is not None}
+                own = _adapter(planned[name], trained)
                 parts[_name(path)] = nnx.Dict(
-                    {name: LoraParam(x) for name, x in trained.items() if x is not None}
+                    {name: LoraParam(x, adapter=own) for name, x in trained.items()}
                 )
         graph, _, held = nnx.split(base, nnx.Param, ...)
         params = _frozen(jax.tree.unflatten(tree, bare))
@@ -226,8 +152,20 @@ class Adapted(nnx.Module):
     def _leaf(self, planned: LeafPlan, path: Sequence, w: Any) -> Any:
         if planned.kind == "frozen":
             return w
-        trained = {name: x.get_value() for name, x in self.adapters[_name(path)].items()}
-        return make_leaf(self.plan, planned, w, **trained)
+        parts = dict(self.adapters[_name(path)].items())
+        trained = {name: x.get_value() for name, x in parts.items()}
+        # Of another adapter, if `nnx.update` has put it in, with a scale of its own.
+        default = _adapter(planned, parts)
+        own, *others = {x.get_metadata("adapter", default) for x in parts.values()}
+        leaf = make_leaf(self.plan, dataclasses.replace(planned, scales=own.scales), w, **trained)
+        of_rank = not isinstance(leaf, LoraArray) or leaf.rank == own.rank
+        if others or own.parts != tuple(sorted(parts)) or not of_rank:
+            raise ValueError(
+                f"`{planned.path}` has parts of two adapters, which an update has mixed: update "
+                "from the whole `nnx.state(other, lora.nnx.LoraParam)`, or make "
+                "`lora.nnx.Adapted(base, other.lora_params(), other.plan)`"
+            )
+        return leaf
 
     @property
     def __call__(self) -> Callable:
@@ -243,12 +181,16 @@ class Adapted(nnx.Module):
           lora_key: PRNG key for the adapters' dropout, None for none.
         """
         graph, params, held = _split(self.base)
-        fn = lorafy(_function(graph, held, method))
+        fn = lorafy(function_of(graph, held, method))
         out, state = fn(self._adapted(params), *args, state=held, lora_key=lora_key, **kwargs)
         # NNX forbids to update a module that is no argument of the transformation it runs in.
-        if written := _written(held, state):
+        if written := written_by(held, state):
             nnx.update(self.base, nnx.from_flat_state(written))
         return out
+
+
+def _adapter(planned: LeafPlan, parts: Mapping) -> _Adapter:
+    return _Adapter(planned.rank, planned.scales, tuple(sorted(parts)))
 
 
 def _check_planned(path: str, leaf: Any, planned: LeafPlan | None, plan: Plan) -> None:
@@ -342,7 +284,7 @@ def adapt(
       model = lora.nnx.adapt(model, lora.LoraConfig(target_modules=("query",)), x, key=key)
       optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lora.nnx.LoraParam)
     """
-    _check_module("module", module)
+    check_module("module", module)
     if isinstance(module, Adapted):
         raise ValueError(
             "`module` has adapters already: train it as it is, or adapt the module that it was "
