@@ -133,7 +133,9 @@ def place_factors(x: Factors) -> Factors:
         spec = compat.spec_of(x.w)
         if spec is None or not any(spec):
             return x
-        return _move(x, PartitionSpec(*spec), jax.sharding.reshard)
+        mesh = compat.explicit_mesh(x.w)  # `jax.set_mesh` need not have set it
+        reshard = jax.sharding.reshard
+        return _move(x, PartitionSpec(*spec), lambda y, s: reshard(y, NamedSharding(mesh, s)))
     sharding = getattr(x.w, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return x

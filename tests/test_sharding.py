@@ -394,6 +394,9 @@ def test_explicit_axes_without_a_mesh_context(name: str, settings, explicit_mesh
     config = lora.LoraConfig(rank=4, target_modules=("w",), **({"init": "random"} | settings))
     plan = lora.plan(config, fn, params, x)
     tree = lora.init(jax.random.key(5), plan, params)
+    traced = jax.jit(lambda p: lora.init(jax.random.key(5), plan, p))(params)
+    assert traced["w"].a.sharding == tree["w"].a.sharding
+    assert traced["w"].b.sharding == tree["w"].b.sharding
     got = jax.jit(lora.lorafy(fn))(tree, x)
     want = jax.jit(fn)(lora.merge(tree), x)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-4, atol=1e-4)

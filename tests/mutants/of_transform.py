@@ -266,6 +266,11 @@ FAULTS = [
         ("if not track.mapped <= contracted:", "if False:"),
     ),
     *in_file(
+        "sharding.py",
+        "tests/test_sharding.py",
+        ("reshard(y, NamedSharding(mesh, s))", "reshard(y, s)"),
+    ),
+    *in_file(
         "nnx/adapted.py",
         "tests/test_nnx_linen.py",
         ("dataclasses.replace(planned, scales=own.scales)", "planned"),
