@@ -62,7 +62,7 @@ class LoraConfig:
       alpha_pattern: the same for alpha.
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
-        first number in a module's name.
+        first number behind two names, as PEFT does: 3 in "model.layers.3.up".
       roles: the role of each dimension of a leaf, in place of the one inferred from its uses: one
         letter a dim, s (stack), i (in) or o (out), by pattern as in rank_pattern:
         {"experts.up": "sio"}.

@@ -1,5 +1,6 @@
 """Checks of a plan against its config: every entry matches, and every rank fits."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -47,7 +48,11 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
             )
     # Layers under another name have an error of their own.
     if all(x.names.numbered or "s" not in x.leaf.roles for x in drafts):
-        problems += _other_layers(config, names)
+        # A leaf without roles may be no stack, whatever the numbers it is given: see `names_of`.
+        with_roles = [x.names.layers for x in drafts if x.leaf.roles]
+        problems += _other_layers(
+            config, {n for layers in with_roles for own in layers for n in own}
+        )
     if not problems and not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
     adapted = [leaf for leaf in leaves if leaf.kind == "lora"]
@@ -69,15 +74,26 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
 
 
 def _other_layers(config: LoraConfig, names: set[str]) -> list[str]:
-    """A problem where none of the layers that are to be adapted exists."""
+    """A problem where none of the layers that are to be adapted exists, or others are meant."""
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else {*(layers or ())}
-    numbers = (matching.layer_number(name, config.layers_pattern) for name in names)
-    there = {number for number in numbers if number is not None}
-    if not wanted or wanted & there:
+    every = dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
+    named = sorted(name for name in names if wanted and matching.is_target(every, name))
+    numbers = {name: matching.layer_number(name, config.layers_pattern) for name in named}
+    for name, number in numbers.items() if not config.layers_pattern else ():
+        first = re.match(r"([^.]+)\.(\d+)\.", name)
+        # A list inside the layers of a list that is the start of all names: PEFT counts the former.
+        if first and number is not None:
+            return [
+                f"`layers_to_transform` takes the first number behind two names, as PEFT does, "
+                f"which is {number} in `{name}`: name the list of the layers, "
+                f'`layers_pattern="{first[1]}"`'
+            ]
+    there = {number for number in numbers.values() if number is not None}
+    if not named or wanted & there:
         return []
     if not there:
-        behind = (re.search(r"([^.]+)\.\d+\.", name) for name in sorted(names))
+        behind = (re.search(r"([^.]+)\.\d+\.", name) for name in numbers)
         lists = next((found[1] for found in behind if found), None)
         way_out = "leave it out" if lists is None else f'name the list, `layers_pattern="{lists}"`'
         return [

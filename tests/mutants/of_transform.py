@@ -271,6 +271,13 @@ FAULTS = [
         ("reshard(y, NamedSharding(mesh, s))", "reshard(y, s)"),
     ),
     *in_file(
+        "plan/check.py",
+        "tests/plan/test_plan.py",
+        ("if first and number is not None:", "if False:"),
+        ("for x in drafts if x.leaf.roles]", "for x in drafts]"),
+        ("wanted and matching.is_target(every, name))", "wanted)"),
+    ),
+    *in_file(
         "nnx/adapted.py",
         "tests/test_nnx_linen.py",
         ("dataclasses.replace(planned, scales=own.scales)", "planned"),

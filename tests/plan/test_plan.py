@@ -332,24 +332,48 @@ def test_rows_by_constant_indices_that_meet_weights_alone_are_a_tables():
     assert leaf.roles == "io" and not leaf.lookup
 
 
-@pytest.mark.parametrize(
-    "tree, way_out",
-    [
-        ({"q": {"kernel": 0}}, "leave it out"),
-        ({"layers": [{"q": {"kernel": 0}}] * 2}, 'layers_pattern="layers"'),
-    ],
-)
-def test_layers_to_transform_without_layers(tree, way_out):
-    """PEFT counts layers behind two names; in a tree without such names it would be no filter."""
-    params = jax.tree.map(lambda n: jnp.ones((4, 4)), tree)
+Q = {"q": {"kernel": 0, "bias": 1}}
+
+
+def _of_layers(tree, **fields):
+    """The plan of a tree of square kernels, 0, and biases, 1, for layer 1."""
+    params = jax.tree.map(lambda n: jnp.ones((4,) * (2 - n)), tree)
 
     def call(params, x):
         for w in jax.tree.leaves(params):
-            x = x @ w
+            x = x @ w if w.ndim == 2 else x + w
         return x
 
-    config = lora.LoraConfig(rank=2, target_modules=("q",), layers_to_transform=(0,))
-    with pytest.raises(
-        ValueError, match=f"no module has a layer's number behind two.*: .*{way_out}"
-    ):
-        lora.plan(config, call, params, jnp.ones((1, 4)))
+    fields = {"target_modules": ("q",), "layers_to_transform": 1} | fields
+    return lora.plan(lora.LoraConfig(rank=2, **fields), call, params, jnp.ones((1, 4)))
+
+
+@pytest.mark.parametrize(
+    "tree, text",
+    [
+        (Q, "no module has a layer's number behind two.*: leave it out"),
+        ({"layers": [Q] * 2}, "no module has a layer's number.*, `layers_pattern=\"layers\"`"),
+        ({"layers": [{"parts": [Q] * 3}] * 2},
+         "behind two names, .* is 0 in `layers.0.parts.0.q`: .*, `layers_pattern=\"layers\"`"),
+        ({"layers": [[Q]] * 2}, "is 0 in `layers.0.0.q`: .*, `layers_pattern=\"layers\"`"),
+        # The biases of four numbers are no stacks of four layers.
+        ({"net": {"layers": {"layers": [Q]}}}, "is 1, and layers are numbered 0 to 0$"),
+    ],
+)  # fmt: skip
+def test_layers_to_transform_that_are_not_found(tree, text):
+    """PEFT counts layers behind two names: elsewhere it would filter nothing, or a list inside."""
+    with pytest.raises(ValueError, match=text):
+        _of_layers(tree)
+
+
+@pytest.mark.parametrize(
+    "tree, fields, path",
+    [
+        ({"layers": [Q] * 3}, {"layers_pattern": "layers"}, "layers.1.q.kernel"),
+        ({"layers": [[Q]] * 3}, {"layers_pattern": "layers"}, "layers.1.0.q.kernel"),
+        ({"net": {"layers": [{"parts": (Q,)}] * 3}}, {}, "net.layers.1.parts.0.q.kernel"),
+        ({"net": {"h": [Q] * 3}, "stem": [{"parts": [0]}]}, {}, "net.h.1.q.kernel"),
+    ],
+)  # fmt: skip
+def test_layers_to_transform_of_nested_lists(tree, fields, path):
+    assert [leaf.path for leaf in _of_layers(tree, **fields).adapted] == [path]
