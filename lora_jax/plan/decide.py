@@ -5,7 +5,7 @@ Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -139,7 +139,7 @@ def _report_left_out(config: LoraConfig, planned: Sequence[LeafPlan], *, strict:
 
 
 class _Mask(NamedTuple):
-    """A leaf that another one is multiplied with, element by element.
+    """A leaf that another one is multiplied with, element by element, or that holds its scales.
 
     Attributes:
       reason: why it is left out.
@@ -151,15 +151,18 @@ class _Mask(NamedTuple):
 
 
 def _masks(used: Usage, spelled: Sequence[str], leaves: Sequence) -> dict[str, _Mask]:
-    """The leaves that are, or may be, masks of another leaf's elements, by their paths.
+    """The leaves that are scales, or masks, or may be, of another leaf's elements, by their paths.
 
     A leaf is a mask if its name contains "mask", or if it holds zeros and ones only. Of two leaves
     that are multiplied, one of them a mask, the other is the weight.
     """
     found = {}
+    for i, others in used.scales.items():
+        reason = f"scales: each multiplies several elements of {_listed(spelled, others)}"
+        found[spelled[i]] = _Mask(reason, certain=True)
     for i, others in used.masks.items():
         masks = {j for j in (i, *others) if _is_mask(spelled[j], leaves[j])}
-        names = ", ".join(f"`{spelled[j]}`" for j in sorted(others))
+        names = _listed(spelled, others)
         if i in masks:
             reason = f"a mask: it is multiplied with {names} element by element"
             found[spelled[i]] = _Mask(reason, certain=True)
@@ -167,6 +170,10 @@ def _masks(used: Usage, spelled: Sequence[str], leaves: Sequence) -> dict[str, _
             reason = f"multiplied with {names} element by element, and either may be a mask"
             found[spelled[i]] = _Mask(reason, certain=False)
     return found
+
+
+def _listed(spelled: Sequence[str], indices: Iterable[int]) -> str:
+    return ", ".join(f"`{spelled[i]}`" for i in sorted(indices))
 
 
 def _is_mask(path: str, leaf: Any) -> bool:

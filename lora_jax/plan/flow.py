@@ -97,6 +97,7 @@ class Usage:
       rebatched: pairs (leaf, dim) that a later contraction treats as experts.
       inner: leaves whose results are contracted with another weight: no output heads.
       masks: for a leaf, the leaves that it is multiplied with element by element.
+      scales: for a leaf of scales, the leaves whose elements they multiply.
       stopped: leaves that no gradient reaches, because the model calls `stop_gradient`.
       closed: whether no argument of the function is an array, so that the data is closed over.
       lines: source lines of the equations that the walk is inside of, innermost last.
@@ -106,6 +107,7 @@ class Usage:
     rebatched: set[tuple[int, int]]
     inner: set[int] = dataclasses.field(default_factory=set)
     masks: dict[int, set[int]] = dataclasses.field(default_factory=dict)
+    scales: dict[int, set[int]] = dataclasses.field(default_factory=dict)
     stopped: set[int] = dataclasses.field(default_factory=set)
     closed: bool = False
     lines: list[str] = dataclasses.field(default_factory=lambda: ["unknown line"])
@@ -206,18 +208,23 @@ def _dims_of(flow: Flow, axis: int) -> frozenset:
 
 
 def note_masks(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
-    """Notes two matrices of one shape that are multiplied element by element: one may be a mask.
+    """Notes two weights that are multiplied element by element: one may be a mask, or scales.
 
-    A dim that is made of no dim of the leaf was broadcast, and the leaf is a vector of gains.
+    Of two matrices of one size either may be a mask. One that is smaller, and was broadcast, holds
+    scales of the other, such as those of its blocks.
     """
+    size = math.prod(eqn.outvars[0].aval.shape)
     matrices = [
-        {t.leaf for t in flow.tracks if _is_whole_matrix(v.aval.shape, t)}
+        {t.leaf for t in flow.tracks if v.aval.size == size and _is_whole_matrix(v.aval.shape, t)}
         for v, flow in zip(eqn.invars, flows, strict=True)
     ]
-    for one in matrices[0]:
-        for other in matrices[1] - {one}:
-            found.masks.setdefault(one, set()).add(other)
-            found.masks.setdefault(other, set()).add(one)
+    for k in (0, 1):
+        smaller = {t.leaf for t in flows[1 - k].tracks} - matrices[1 - k]
+        for one in matrices[k]:
+            for other in matrices[1 - k] - {one}:
+                found.masks.setdefault(one, set()).add(other)
+            for other in smaller - {one}:
+                found.scales.setdefault(other, set()).add(one)
 
 
 def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:

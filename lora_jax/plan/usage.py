@@ -212,11 +212,13 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
     if compat.name_of(eqn) == "stop_gradient":
         found.stopped.update(live)
         live = frozenset()
-    if compat.name_of(eqn) == "mul":
+    is_product = compat.name_of(eqn) == "dot_general"
+    if compat.name_of(eqn) == "mul" or (is_product and maps[0]):
         note_masks(found, eqn, flows)
     # A contraction with a weight: the weights that led to its operands are no output heads.
     for k, flow in enumerate(flows):
-        if flow.tracks and dims.contracted(eqn, k) is not None:
+        axes = dims.contracted(eqn, k) if flow.tracks else None
+        if axes is not None and axes[0]:
             found.inner.update(made)
             made |= {t.leaf for t in flow.tracks}
 
@@ -233,9 +235,9 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
                 for track in flow.tracks
             ]
             tracks = [track for track in followed if track is not None]
-            origin = through(flow.origin, dim_map) if dim_map is not None and flow.origin else ()
-            parts.append(Flow(tuple(tracks), origin))
-        if compat.name_of(eqn) == "dot_general":
+            lost = dim_map is None or is_product or not flow.origin
+            parts.append(Flow(tuple(tracks), () if lost else through(flow.origin, dim_map)))
+        if is_product:
             parts.append(Flow((), free_dims(found, eqn, flows, len(var.aval.shape))))
         outs.append(dataclasses.replace(joined(parts), fed=given.fed, made=made, live=live))
     return outs
@@ -330,16 +332,24 @@ def _parted(eqn: Any, k: int, track: Track, axes: tuple) -> frozenset:
     return frozenset().union(*(track.dims[i] for i in free)) & track.picked
 
 
+def _sums_rows(found: Usage, eqn: Any, k: int, track: Track, summed: Sequence[int]) -> bool:
+    """Whether a product sums vectors that were looked up, as in a bag of words or a memory."""
+    rows = found.uses[track.leaf][track.lookup].contracted
+    shape = eqn.invars[k].aval.shape
+    own = [i for i, dims in enumerate(track.dims) if shape[i] > 1 and not dims <= rows]
+    return all(track.dims[i] <= rows for i in summed) and len(own) < 2
+
+
 def _consumption(
     found: Usage, eqn: Any, others: Sequence[Flow], k: int, *, track: Track, dims: DimFlow
 ) -> Use | None:
     """How an equation uses the weight at operand `k`, or None if it only rearranges it."""
     name, line = compat.name_of(eqn), found.lines[-1]
     axes = dims.contracted(eqn, k)
-    if axes is not None:
+    if axes is not None and axes[0]:  # a product that sums nothing scales the weight
         fed = fed_by(others)
         # Looked-up rows times a constant matrix are still a table's rows.
-        if track.lookup >= 0 and not fed:
+        if track.lookup >= 0 and (not fed or _sums_rows(found, eqn, k, track, axes[0])):
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.

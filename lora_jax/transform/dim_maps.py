@@ -41,15 +41,20 @@ def no_dims(eqn: Any, k: int) -> tuple:
 
 
 def same_shape(eqn: Any, k: int) -> list[Map] | None:
-    """Every result has the operand's dims, as of an elementwise operation; those of size 1 grow."""
+    """Every result has the operand's dims, as of an elementwise operation; those of size 1 grow.
+
+    A dim that grows holds copies: it is made of no dim.
+    """
     shape = _shape(eqn, k)
+    maps = []
     for v in eqn.outvars:
         after = tuple(getattr(v.aval, "shape", ()))
         if len(after) != len(shape) or any(
             n not in (1, m) for n, m in zip(shape, after, strict=True)
         ):
             return None
-    return [_identity(len(shape)) for _ in eqn.outvars]
+        maps.append([(d,) if shape[d] == n else () for d, n in enumerate(after)])
+    return maps
 
 
 def same_rank(eqn: Any, k: int) -> list[Map] | None:
@@ -96,10 +101,11 @@ def reshaped(eqn: Any, shape: tuple) -> list[Map] | None:
 
 
 def broadcast(eqn: Any, shape: tuple) -> list[Map]:
-    # A new dim holds copies: it is made of no dim.
-    out: Map = [()] * len(eqn.params["shape"])
+    # A new dim, and one of size 1 that grows, holds copies: it is made of no dim.
+    after = eqn.params["shape"]
+    out: Map = [()] * len(after)
     for d, new in enumerate(eqn.params["broadcast_dimensions"]):
-        out[new] = (d,)
+        out[new] = (d,) if shape[d] == after[new] else ()
     return [out]
 
 
@@ -144,6 +150,18 @@ def sliced(eqn: Any, shape: tuple) -> list[Map]:
 def dot_axes(eqn: Any, k: int) -> tuple | None:
     contracting, batching = eqn.params["dimension_numbers"]
     return contracting[k], batching[k]
+
+
+def multiplied(eqn: Any, k: int) -> list[Map] | None:
+    """Of a product that sums nothing, such as of a weight and its scales: the operand's dims."""
+    contracting, batching = eqn.params["dimension_numbers"]
+    if contracting[k]:
+        return None
+    sides: Map = []
+    for side in (0, 1):
+        free = [d for d in range(len(_shape(eqn, side))) if d not in batching[side]]
+        sides += [(d,) * (side == k) for d in free]
+    return [[*((d,) for d in batching[k]), *sides]]
 
 
 def ragged_axes(eqn: Any, k: int) -> tuple | None:

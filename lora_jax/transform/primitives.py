@@ -86,7 +86,7 @@ PRIMITIVES: dict[str, Primitive] = {
         rule=rules.dot_general,
         many=many_rules.dot_general,
         body=None,
-        dims=dim_maps.MIXED._replace(contracted=dim_maps.dot_axes),
+        dims=dim_maps.SCALED._replace(maps=dim_maps.multiplied, contracted=dim_maps.dot_axes),
         tokens=token_axis.dot,
         memory="product",
     ),
@@ -196,7 +196,10 @@ PRIMITIVES: dict[str, Primitive] = {
         token_axis.elementwise,
         "reader",
     ),
-    "add": _joining(rules.add, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    **dict.fromkeys(
+        ("add", "add_any"),
+        _joining(rules.add, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    ),
     "sub": _joining(rules.subtract, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
     "complex": _joining(rules.complex_, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
     "real": _joining(rules.real, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
@@ -255,7 +258,7 @@ PRIMITIVES: dict[str, Primitive] = {
     # Without a rule: nonlinear in a weight, so it is materialized. Models use these on activations,
     # which the dataflow, the token follower and the memory estimate go through.
     **dict.fromkeys(
-        "add_any max min abs sign floor ceil round is_finite not and or xor "
+        "max min abs sign floor ceil round is_finite not and or xor "
         "shift_left shift_right_logical shift_right_arithmetic eq ne lt le gt ge select_n clamp "
         "nextafter population_count clz bitcast_convert_type".split(),
         _elementwise("fused"),

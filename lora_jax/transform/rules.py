@@ -70,7 +70,26 @@ def dot_general(context: Context, eqn: Any, values: list) -> Any:
         )
         if made is not None:
             return made
+    if not numbers[0][side] and origin_of(context.origins, eqn.invars[1 - side]) != DATA:
+        return _elementwise(eqn, values, side)
     return consuming(rules_consume.dot_general)(context, eqn, values)
+
+
+def _elementwise(eqn: Any, values: Sequence, side: int) -> Implicit:
+    """A product that sums nothing, as of a weight and its gains, as an elementwise one."""
+    _, batch = eqn.params["dimension_numbers"]
+    shape, placed, count = eqn.outvars[0].aval.shape, [], len(batch[0])
+    for k, x in enumerate(values):
+        free = [d for d in range(x.ndim) if d not in batch[k]]
+        # `dot_general` returns the batch dims first, then the free dims of each operand.
+        at = [*range(len(batch[0])), *range(count, count := count + len(free))]
+        sizes = [n if d in at else 1 for d, n in enumerate(shape)]
+        if k == side:
+            x = rules_rearrange.transpose(x, permutation=(*batch[k], *free))
+            placed.append(rules_rearrange.broadcast_in_dim(x, shape=sizes, broadcast_dimensions=at))
+        else:
+            placed.append(x.transpose(*batch[k], *free).reshape(sizes))
+    return _scaled(eqn, placed[side], placed[1 - side], divide=False)
 
 
 def makes_weight(context: Context, eqn: Any, values: Sequence) -> bool:

@@ -74,6 +74,11 @@ CASES = (
     Case("permuted_by_a_parameter", _many(lambda p, x: x @ p["w"][:, jnp.argsort(p["order"])],
                                           w=(8, 6), order=(6,)), IO),
     Case("chosen_columns", _one(lambda w, x: x @ w[:, np.array([0, 0, 5])]), IO),
+    Case("gains_by_einsum", _many(lambda p, x: x @ jnp.einsum("do,o->do", p["w"], p["gain"]),
+                                  w=(8, 6), gain=(6,)), IO),
+    Case("gains_of_members_by_einsum", _many(lambda p, x: jnp.einsum(
+        "btd,edo->ebto", x, jnp.einsum("do,eo->edo", p["w"], p["gain"])), w=(8, 6), gain=(3, 6)),
+        IO),
     Case("plus_a_constant", _one(lambda w, x: x @ (w + MASK)), IO),
     Case("plus_a_parameter", _many(lambda p, x: x @ (p["frozen"] - p["w"]), w=(8, 6),
                                    frozen=(8, 6)), IO, linear=("w", "frozen")),

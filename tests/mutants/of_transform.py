@@ -271,6 +271,35 @@ FAULTS = [
         ("reshard(y, NamedSharding(mesh, s))", "reshard(y, s)"),
     ),
     *in_file(
+        "plan/usage.py",
+        "tests/plan/test_usage.py",
+        ("if axes is not None and axes[0]:  #", "if axes is not None:  #"),
+        ("or _sums_rows(found, eqn, k, track, axes[0])", "or False"),
+        ("for i in summed) and len(own) < 2", "for i in summed)"),
+    ),
+    *in_file(
+        "plan/usage.py",
+        "tests/plan/test_left_out.py",
+        ('== "mul" or (is_product and maps[0]):', '== "mul":'),
+    ),
+    *in_file(
+        "plan/flow.py",
+        "tests/plan/test_left_out.py",
+        ("found.scales.setdefault(other, set()).add(one)", "pass"),
+        ("if v.aval.size == size and _is", "if _is"),
+    ),
+    *in_file(
+        "transform/dim_maps.py",
+        "tests/plan/test_usage.py",
+        ("(d,) if shape[d] == n else () for", "(d,) for"),
+    ),
+    *in_file(
+        "transform/rules.py",
+        "tests/laws/test_value.py tests/laws/test_low_rank_forms.py",
+        ("if not numbers[0][side] and origin_of", "if False and origin_of"),
+        ("range(count, count := count + len(free))", "range(count, count + len(free))"),
+    ),
+    *in_file(
         "plan/check.py",
         "tests/plan/test_plan.py",
         ("if first and number is not None:", "if False:"),

@@ -181,6 +181,30 @@ def test_a_mask_among_the_parameters(kind: str, concrete: bool):
     assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
 
 
+@pytest.mark.parametrize("einsum", [False, True])
+def test_scales_of_blocks_are_none_of_their_weights(einsum: bool):
+    def scaled(p, x):
+        blocks = p["w"].reshape(2, 4, 8)
+        if einsum:
+            return x @ jnp.einsum("gio,go->gio", blocks, p["scales"]).reshape(8, 8)
+        return x @ (blocks * p["scales"][:, None]).reshape(8, 8)
+
+    params = {"w": normal(1, 8, 8), "scales": normal(2, 2, 8)}
+    plan = planned(scaled, params)
+    assert [leaf.path for leaf in plan.adapted] == ["w"]
+    assert plan.by_path()["scales"].reason == "scales: each multiplies several elements of `w`"
+    # Named, they are adapted.
+    assert planned(scaled, params, ("scales",)).adapted[0].path == "scales"
+    merged_is_met(scaled, params, plan)
+
+
+def test_matrices_multiplied_by_an_einsum_may_be_masks():
+    params = {"w": normal(1, 8, 8), "mask": TRIANGLE}
+    plan = planned(lambda p, x: x @ jnp.einsum("io,io->io", p["w"], p["mask"]), params)
+    assert [leaf.path for leaf in plan.adapted] == ["w"]
+    assert "a mask" in plan.by_path()["mask"].reason
+
+
 def test_a_weight_that_starts_at_zero_is_no_mask():
     def fn(p, x):
         return x @ (p["w"] * p["gate"]) @ p["up"]

@@ -192,3 +192,30 @@ def test_an_array_that_a_function_closes_over_is_data_where_it_has_no_arguments(
 
     assert kinds(lambda p: p[0][ids]) == ["lookup"]
     assert kinds(lambda p, x: p[0][ids] + x, jnp.ones(8))[0] == "rows"
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "want"),
+    [
+        # Rows of a memory, weighted and summed.
+        (lambda p, ids: jnp.einsum("bt,btd->bd", ids * 0.5, p[0][ids]), (11, 8), "lookup"),
+        # Rows that a vector of gains multiplies, by an einsum that sums nothing.
+        (lambda p, ids: jnp.einsum("btd,d->btd", p[0][ids], jnp.arange(8.0)), (11, 8), "lookup"),
+        # A mixture of the chosen experts' weights.
+        (lambda p, ids: jnp.einsum("bt,btdf->bdf", ids * 0.5, p[0][ids]), (11, 8, 6), "picked"),
+    ],
+)
+def test_what_is_made_of_looked_up_rows(fn, shape, want):
+    assert uses(fn, shape, ids=IDS)[0][0][0] == want
+
+
+def test_a_dim_of_size_one_that_grows_is_contracted_by_nobody():
+    """The gains of a weight norm, (out, 1) as torch keeps them, are a vector of the outputs."""
+
+    def normed(p, x):
+        norm = jnp.sqrt(jnp.sum(p["v"] ** 2, 1, keepdims=True))
+        return x @ (p["g"] * p["v"] / norm).T
+
+    params = {"g": jnp.ones((6, 1)), "v": jnp.ones((6, 8))}
+    plan = lora.plan(lora.LoraConfig(rank=1), normed, params, jnp.ones((2, 8)))
+    assert [(leaf.path, leaf.roles) for leaf in plan.adapted] == [("v", "oi")]

@@ -272,6 +272,8 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     v, x = values[side], values[1 - side]
     bind, use = binder(eqn), context.next_use(v)
     constant = v.key is None and origin_of(context.origins, eqn.invars[1 - side]) == CONSTANT
+    if constant and not is_implicit(x) and not eqn.params["dimension_numbers"][0][side]:
+        return for_all(context, eqn, values, rule)  # gains, by an einsum that sums nothing
     if is_implicit(x) or constant:
         # The result's base would depend on the adapter, and there is one base for all.
         return one_for_row("it makes another weight")(context, eqn, values, rule)
