@@ -22,6 +22,7 @@ class Track:
       picked: the leaf's dims of which one index has been taken.
       lookup: the index, among the leaf's uses, of the gather that took rows of it; -1 for none.
       mapped: the leaf's dims that its first product with a constant matrix summed over.
+      mixed: whether gains of each example multiplied it: only a contraction may follow.
     """
 
     leaf: int
@@ -29,6 +30,7 @@ class Track:
     picked: frozenset = frozenset()
     lookup: int = -1
     mapped: frozenset = frozenset()
+    mixed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,23 @@ def is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
     shape = eqn.invars[k].aval.shape
     of_one_shape = k == 2 or eqn.outvars[0].aval.shape == shape  # 2: what a scatter writes
     return not found.closed and of_one_shape and _is_whole_matrix(shape, track)
+
+
+def sums_rows(found: Usage, eqn: Any, k: int, track: Track, summed: Sequence[int]) -> bool:
+    """Whether a product sums vectors that were looked up, as in a bag of words or a memory."""
+    rows = found.uses[track.leaf][track.lookup].contracted
+    shape = eqn.invars[k].aval.shape
+    own = [i for i, dims in enumerate(track.dims) if shape[i] > 1 and not dims <= rows]
+    return all(track.dims[i] <= rows for i in summed) and len(own) < 2
+
+
+def is_gained(eqn: Any, k: int, track: Track) -> bool:
+    """Whether an elementwise product multiplies a matrix, with gains of examples, by more gains."""
+    if compat.name_of(eqn) not in ("mul", "div") or (compat.name_of(eqn) == "div" and k == 1):
+        return False
+    shape = eqn.invars[1 - k].aval.shape
+    large = [n > 1 for n, dims in zip(shape, track.dims, strict=False) if dims]
+    return len(large) > 1 and sum(large) < 2
 
 
 def kernel_window(eqn: Any, track: Track, name: str) -> Window | None:

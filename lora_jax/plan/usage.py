@@ -21,16 +21,19 @@ from lora_jax.plan.flow import (
     fed_by,
     free_dims,
     is_constant_matrix,
+    is_gained,
     joined,
     kernel_window,
     note_masks,
     peeled,
     restacked,
+    sums_rows,
 )
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
     indexed_dims,
     permutes,
+    spreads,
     through,
     transformed,
     whole,
@@ -289,16 +292,23 @@ def _follow(
 
     # Beside a constant matrix only an argument (2) counts as data, not another constant (1).
     fed = fed_by(others) > int(is_constant_matrix(found, eqn, k, track))
-    # Combined with data, the weight is consumed, unless the operation is a rearrangement by index.
-    if dim_map is None or (fed and not dims.takes_data(eqn, k)):
+    # Combined with data, the weight is consumed, unless the operation is a rearrangement by index
+    # or multiplies it by gains; gains of each example let only a contraction follow.
+    rearranged = dims.takes_data(eqn, k) or (track.mixed and is_gained(eqn, k, track))
+    consumed = (fed and not rearranged) or (track.mixed and not dims.keeps_rows(eqn, k) and not fed)
+    if dim_map is None or consumed:
         if record and track.lookup < 0:
             # Data may choose between weights, which is no operation with data.
             chosen = compat.name_of(eqn) == "select_n" and k > 0
             alone = chosen and not any(f.fed for f in others[1:])
-            found.uses[track.leaf].append(_other(found, eqn, track, constant=alone or not fed))
+            found.uses[track.leaf].append(
+                _other(found, eqn, track, constant=alone or not (fed or track.mixed))
+            )
         return None
     if track.lookup >= 0 and not dims.keeps_rows(eqn, k):
         return None
+    if fed and compat.name_of(eqn) in ("mul", "div", "dot_general") and spreads(eqn, k):
+        track = dataclasses.replace(track, mixed=True)
     return _carry(eqn, k, track, dim_map=dim_map, dims=dims)
 
 
@@ -332,14 +342,6 @@ def _parted(eqn: Any, k: int, track: Track, axes: tuple) -> frozenset:
     return frozenset().union(*(track.dims[i] for i in free)) & track.picked
 
 
-def _sums_rows(found: Usage, eqn: Any, k: int, track: Track, summed: Sequence[int]) -> bool:
-    """Whether a product sums vectors that were looked up, as in a bag of words or a memory."""
-    rows = found.uses[track.leaf][track.lookup].contracted
-    shape = eqn.invars[k].aval.shape
-    own = [i for i, dims in enumerate(track.dims) if shape[i] > 1 and not dims <= rows]
-    return all(track.dims[i] <= rows for i in summed) and len(own) < 2
-
-
 def _consumption(
     found: Usage, eqn: Any, others: Sequence[Flow], k: int, *, track: Track, dims: DimFlow
 ) -> Use | None:
@@ -349,7 +351,7 @@ def _consumption(
     if axes is not None and axes[0]:  # a product that sums nothing scales the weight
         fed = fed_by(others)
         # Looked-up rows times a constant matrix are still a table's rows.
-        if track.lookup >= 0 and (not fed or _sums_rows(found, eqn, k, track, axes[0])):
+        if track.lookup >= 0 and (not fed or sums_rows(found, eqn, k, track, axes[0])):
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.

@@ -213,12 +213,32 @@ def permutes(eqn: Any, dim_map: Sequence) -> bool:
 
 
 def scales(eqn: Any, k: int) -> bool:
-    """Whether a product multiplies operand `k` by a number, or a matrix by a vector of gains."""
+    """Whether a product multiplies operand `k` by a number, or a matrix by a vector of gains.
+
+    The gains may differ along dims that the matrix does not have, such as from example to example.
+    """
+    pairs = _paired(eqn, k)
+    if all(other == 1 for _, other in pairs):
+        return True
     # A matrix times a vector of gains stays a matrix; two matrices mask one another.
+    large = [other > 1 for own, other in pairs if own > 1]
+    return len(large) > 1 and sum(large) < 2
+
+
+def spreads(eqn: Any, k: int) -> bool:
+    """Whether a product gives operand `k` a dim that it does not have, as gains of examples do."""
+    return any(own == 1 < other for own, other in _paired(eqn, k))
+
+
+def _paired(eqn: Any, k: int) -> list[tuple[int, int]]:
+    """Of each dim of an elementwise product, the size in operand `k` and in the other one."""
     own, other = _shape(eqn, k), _shape(eqn, 1 - k)
-    # The other operand has one long dim (gains) or none (a number).
-    large = sum(n > 1 for n in other)
-    return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
+    if "dimension_numbers" not in eqn.params:
+        return list(zip(own, other, strict=False))
+    batch = eqn.params["dimension_numbers"][1]
+    mine = [(n, 1) for d, n in enumerate(own) if d not in batch[k]]
+    theirs = [(1, n) for d, n in enumerate(other) if d not in batch[1 - k]]
+    return [*((own[d], own[d]) for d in batch[k]), *mine, *theirs]
 
 
 def is_scaled(eqn: Any, k: int) -> bool:

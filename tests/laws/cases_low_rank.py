@@ -79,6 +79,8 @@ CASES = (
     Case("gains_of_members_by_einsum", _many(lambda p, x: jnp.einsum(
         "btd,edo->ebto", x, jnp.einsum("do,eo->edo", p["w"], p["gain"])), w=(8, 6), gain=(3, 6)),
         IO),
+    Case("gains_of_examples", _one(lambda w, x: jnp.einsum(
+        "btd,bdo->bto", x, w * x.mean(1)[:, :, None])), IO),
     Case("plus_a_constant", _one(lambda w, x: x @ (w + MASK)), IO),
     Case("plus_a_parameter", _many(lambda p, x: x @ (p["frozen"] - p["w"]), w=(8, 6),
                                    frozen=(8, 6)), IO, linear=("w", "frozen")),

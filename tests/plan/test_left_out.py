@@ -111,6 +111,25 @@ def test_biases_scales_and_prompts_are_no_matrices():
         assert [leaf.path for leaf in plan.adapted] == ["kernel"]
 
 
+def test_a_matrix_spread_over_examples_is_a_weight_only_where_it_is_contracted():
+    """A state-space model's A, an outer product with features, is no projection."""
+
+    def state(w, x):
+        return jnp.exp(x[..., None] * -jnp.exp(w)).sum(-1)
+
+    params = {"w": normal(1, 8, 3), "up": normal(2, 8, 6)}
+    assert not planned(two(state), params).left_out
+
+    def normed(w, x):
+        w = w * x.mean(1)[:, :, None]
+        return jnp.einsum("btd,bdo->bto", x, w / jnp.sqrt((w * w).sum(1, keepdims=True)))
+
+    params = {"w": normal(1, 8, 8), "up": normal(2, 8, 6)}
+    plan = planned(two(normed), params)
+    assert [leaf.roles for leaf in plan.adapted] == ["io", "io"]
+    merged_is_met(two(normed), params, plan)
+
+
 def test_scales_of_scanned_layers_are_no_matrices():
     def fn(p, x):
         return lax.scan(lambda x, w: ((x * w["scale"]) @ w["up"], None), x, p)[0]
