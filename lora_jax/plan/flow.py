@@ -246,12 +246,15 @@ def is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
     return not found.closed and of_one_shape and _is_whole_matrix(shape, track)
 
 
-def sums_rows(found: Usage, eqn: Any, k: int, track: Track, summed: Sequence[int]) -> bool:
-    """Whether a product sums vectors that were looked up, as in a bag of words or a memory."""
+def are_vectors(found: Usage, eqn: Any, k: int, track: Track) -> bool:
+    """Whether looked-up rows are vectors: those of a table, and not the matrices of experts.
+
+    They may be summed by weights, as in a bag of words, or contracted with features, as items are
+    with a user.
+    """
     rows = found.uses[track.leaf][track.lookup].contracted
     shape = eqn.invars[k].aval.shape
-    own = [i for i, dims in enumerate(track.dims) if shape[i] > 1 and not dims <= rows]
-    return all(track.dims[i] <= rows for i in summed) and len(own) < 2
+    return sum(n > 1 and not dims <= rows for n, dims in zip(shape, track.dims, strict=True)) < 2
 
 
 def is_gained(eqn: Any, k: int, track: Track) -> bool:

@@ -18,6 +18,7 @@ from lora_jax.plan.flow import (
     Flow,
     Track,
     Usage,
+    are_vectors,
     fed_by,
     free_dims,
     is_constant_matrix,
@@ -27,7 +28,6 @@ from lora_jax.plan.flow import (
     note_masks,
     peeled,
     restacked,
-    sums_rows,
 )
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
@@ -351,7 +351,7 @@ def _consumption(
     if axes is not None and axes[0]:  # a product that sums nothing scales the weight
         fed = fed_by(others)
         # Looked-up rows times a constant matrix are still a table's rows.
-        if track.lookup >= 0 and (not fed or sums_rows(found, eqn, k, track, axes[0])):
+        if track.lookup >= 0 and (not fed or are_vectors(found, eqn, k, track)):
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.

@@ -274,12 +274,12 @@ FAULTS = [
         "plan/usage.py",
         "tests/plan/test_usage.py",
         ("if axes is not None and axes[0]:  #", "if axes is not None:  #"),
-        ("or sums_rows(found, eqn, k, track, axes[0])", "or False"),
+        ("or are_vectors(found, eqn, k, track)", "or False"),
     ),
     *in_file(
         "plan/flow.py",
         "tests/plan/test_usage.py",
-        ("for i in summed) and len(own) < 2", "for i in summed)"),
+        ("zip(shape, track.dims, strict=True)) < 2", "zip(shape, track.dims, strict=True)) < 3"),
     ),
     *in_file(
         "plan/usage.py",
