@@ -318,8 +318,8 @@ FAULTS = [
         "nnx/adapted.py",
         "tests/test_nnx_linen.py",
         ("dataclasses.replace(planned, scales=own.scales)", "planned"),
-        ("if others or own.parts", "if own.parts"),
-        ("own.parts != tuple(sorted(parts)) or", "False or"),
+        ("if others or not of_rank:", "if not of_rank:"),
+        ("planned.scales, tuple(sorted(parts)))", "planned.scales, ())"),
         ("or leaf.rank == own.rank", "or True"),
     ),
 ]  # fmt: skip
