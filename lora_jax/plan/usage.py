@@ -238,8 +238,9 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
                 for track in flow.tracks
             ]
             tracks = [track for track in followed if track is not None]
-            lost = dim_map is None or is_product or not flow.origin
-            parts.append(Flow(tuple(tracks), () if lost else through(flow.origin, dim_map)))
+            known = dim_map if flow.origin and not is_product else None
+            origin = () if known is None else through(flow.origin, known)
+            parts.append(Flow(tuple(tracks), origin))
         if is_product:
             parts.append(Flow((), free_dims(found, eqn, flows, len(var.aval.shape))))
         outs.append(dataclasses.replace(joined(parts), fed=given.fed, made=made, live=live))
