@@ -41,7 +41,7 @@ from lora_jax.hf.peft.directory import (
     trained_over,
     write_directory,
 )
-from lora_jax.hf.peft.experts import fused
+from lora_jax.hf.peft.experts import fused, without_untouched
 from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
@@ -186,6 +186,7 @@ def attach(
     config, tensors = fused(
         config, tensors, map(bare, leaves), source, swapped=model_type in SWAPPED
     )
+    config = without_untouched(config, tensors, leaves)
     places = None if name_map is None else places_of(leaves, name_map)
     planned = partial(
         _plan, leaves=leaves, places=places, plan_of=plan_of, source=source, name_map=name_map

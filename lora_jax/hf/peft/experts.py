@@ -13,10 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from lora_jax.config.lora import LoraConfig
+from lora_jax.config import matching
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.hf.checkpoint.names import renamed
-from lora_jax.hf.peft.index import BASE, FUSED, PREFIX
+from lora_jax.hf.peft.index import BASE, FUSED, PREFIX, every_module
+from lora_jax.paths import bare
 
+_EXPERTS = ".experts."  # in the names of what is inside of them
 _Layer = Literal["gate", "up", "down"]
 # Mixtral's names, and those of all others.
 _LAYERS: Mapping[str, _Layer] = {
@@ -85,6 +88,34 @@ def fused(
     if len(ranks) > 1:
         raise ValueError(f"{source}: experts of different blocks have ranks {sorted(ranks)}")
     return _renamed(config, rest, entries, ranks.pop() if ranks else None), rest
+
+
+def without_untouched(
+    config: LoraConfig, tensors: Iterable[str], leaves: Mapping[str, Any]
+) -> LoraConfig:
+    """The config without fused experts of which the file has no adapter.
+
+    In transformers they are no modules, so that PEFT passes by what names of `target_modules` would
+    match here: with experts beside an MLP, `down_proj` is that of the MLP alone.
+
+    Args:
+      config: the adapter's config.
+      tensors: names of PEFT's tensors.
+      leaves: the model's leaves by path.
+    """
+    if not any(bare(path).endswith(FUSED) for path in leaves) or any(
+        _EXPERTS in x for x in tensors
+    ):
+        return config
+    inside = (name for name in every_module(leaves, config) if _EXPERTS in name)
+    every = config.target_modules == ALL_LINEAR
+    if not every and not any(matching.is_target(config, name) for name in inside):
+        return config
+    given = config.exclude_modules
+    rest = (given,) if isinstance(given, str) else (rf"(.*\.)?{re.escape(x)}" for x in given)
+    return dataclasses.replace(
+        config, exclude_modules="|".join((rf".*{re.escape(_EXPERTS)}.*", *rest))
+    )
 
 
 def _check_patterns(config: LoraConfig, source: str) -> None:
