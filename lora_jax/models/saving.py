@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, product
@@ -50,6 +51,8 @@ from lora_jax.models.wrapped import as_written, rest_of
 from lora_jax.paths import spell
 
 MAX_SHARD_SIZE = "5GB"
+# The numbers of layers that predict tokens beyond the next.
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 
 # Module -> its parameters.
 Modules = Mapping[str, Mapping[str, Any]]
@@ -316,6 +319,13 @@ def _config_of(model: Any, dtype: str) -> dict[str, Any]:
         both = {**raw, **{name: x for name, x in own.items() if stated.get(name) != x}}
         same = config_from_hf(both).to_hf() == own
         own = both if same else {**{name: raw[name] for name in raw if name in IGNORED}, **own}
+    if any(raw.get(name) for name in _PREDICTING):
+        warnings.warn(
+            f"{source}: its layers beyond the last one, which predict further tokens, are not "
+            "loaded: what is written has none, and its config.json says so",
+            stacklevel=2,
+        )
+    own |= {name: 0 for name in _PREDICTING if own.get(name)}
     own |= {} if "dtype" in own else {"torch_dtype": dtype}
     return as_written(own, dtype)
 
