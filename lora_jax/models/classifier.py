@@ -20,23 +20,24 @@ from lora_jax.models.heads import ANSWERS, CLASSIFICATION, DECODER_HEADS, NAMED,
 # of this package.
 _TOKENS = (
     "apertus", "arcee", "deepseek_v3", "exaone4", "gemma", "gemma2", "glm", "glm4", "gpt_oss",
-    "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "phi", "phi3", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
+    "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
     "stablelm", "starcoder2",
 )  # fmt: skip
 _ANSWERS = (
-    "arcee", "exaone4", "llama", "ministral", "ministral3", "mistral", "mixtral", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
+    "arcee", "exaone4", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
 )  # fmt: skip
 # Those whose class for answers holds the decoder under another name.
 _TRANSFORMER = (
-    "arcee", "exaone4", "llama", "ministral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next",
-    "seed_oss", "smollm3",
+    "arcee", "exaone4", "llama", "ministral", "nemotron", "qwen2", "qwen3", "qwen3_moe",
+    "qwen3_next", "seed_oss", "smollm3",
 )  # fmt: skip
 # Decoders of which transformers has no class that classifies texts.
 _WITHOUT = (
-    "cohere", "cohere2", "ernie4_5", "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite",
-    "llama4_text", "olmoe", "qwen3_5_moe_text",
+    "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "exaone_moe", "flex_olmo", "gemma4_text",
+    "glm4_moe", "glm4_moe_lite", "granite", "hyperclovax", "internlm3", "iquestcoder", "jais2",
+    "llama4_text", "olmoe", "qwen3_5_moe_text", "solar_open", "vaultgemma", "youtu",
 )  # fmt: skip
 
 

@@ -92,6 +92,7 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias, head_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
+      qk_norm_by_head: with `qk_norm`, each head has a scale of its own.
       attention_gate: what a head mixes is multiplied by a sigmoid of numbers that the projection of
         queries has beside its own.
       qk_norm_plain: queries and keys are normalized head by head, without a scale, in blocks that
@@ -99,6 +100,7 @@ class LlamaConfig:
       floor_scale: in blocks that do not rotate, queries grow with every so many tokens of a text,
         by `1 + attn_scale log(1 + floor((p + 1) / floor_scale))` at position p; None is never.
       attn_scale: the factor there.
+      floor_everywhere: queries grow in all blocks, by `floor(p / floor_scale)`.
       attention_sinks: each head has a score of its own in the softmax, of no key.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection.
@@ -189,10 +191,12 @@ class LlamaConfig:
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_by_head: bool = False
     attention_gate: bool = False
     qk_norm_plain: bool = False
     floor_scale: int | None = None
     attn_scale: float = 0.1
+    floor_everywhere: bool = False
     attention_sinks: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False

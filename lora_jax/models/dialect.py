@@ -41,7 +41,6 @@ IGNORED = frozenset(
 NEUTRAL: Mapping[str, tuple] = {
     "add_cross_attention": (False,),
     "attention_bias": (False, None),
-    "attention_dropout": (0, None),
     "cross_attention_hidden_size": (None,),
     "full_attn_mod": (1, None),
     "interpolate_factor": (1, None),
@@ -185,6 +184,9 @@ class Modules(NamedTuple):
     router: str = "gate"
     last_norm: str = "norm"
     shared: str = "shared_experts"
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    head_norms_numbered: bool = False  # the norms of heads are modules of their own
 
 
 class Routing(NamedTuple):
@@ -213,7 +215,8 @@ class Dialect(NamedTuple):
       write: the config -> the fields of config.json beyond the plain ones.
       defaults: what transformers assumes for fields that config.json leaves out.
       activation: the field that names the MLP's activation.
-      activations: what it may be, Hugging Face's name -> ours.
+      act: what it is where config.json leaves it out.
+      renamed_acts: activations that are another one here, by Hugging Face's name.
       rope: the raw object, with defaults -> the fields of `LlamaConfig` about RoPE.
       names: Hugging Face's names of the tensors.
     """
@@ -224,17 +227,23 @@ class Dialect(NamedTuple):
     write: Callable[[Any], dict[str, Any]]
     defaults: Mapping[str, Any] = {}
     activation: str = "hidden_act"
-    activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
+    act: str = "silu"
+    renamed_acts: Mapping[str, str] = {}
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
     names: Family = LLAMA
+
+
+ANY_OTHER = (
+    "Any other model can be adapted as a function of its own parameters, with a name map for its "
+    "checkpoint: see guides/name-map"
+)
 
 
 def unknown_type(kind: str, known: Collection[str]) -> ValueError:
     """The error of a model type that is not in a table."""
     return ValueError(
         f"config: model_type `{kind}` is not one of {', '.join(known)}; nearest: "
-        f"{nearest(kind, known)}. Any other model can be adapted as a function of its own "
-        "parameters, with a name map for its checkpoint: see guides/name-map"
+        f"{nearest(kind, known)}. {ANY_OTHER}"
     )
 
 

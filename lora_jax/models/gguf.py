@@ -51,7 +51,7 @@ _UNDERSTOOD = frozenset(
     }
 )  # fmt: skip
 # What `expert_gating_func` has for the families with grouped experts (sigmoid), and for others.
-_GATING = {"glm4_moe": SIGMOID}
+_GATING: Mapping[str, int] = {"dots1": SIGMOID, "glm4_moe": SIGMOID}
 
 
 def config_of(

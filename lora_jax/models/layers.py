@@ -26,17 +26,27 @@ Specs = tuple[tuple[str, PartitionSpec], ...]
 # Name of the projections' results under rematerialization policies.
 PROJECTION = "projection"
 
-# Hugging Face's names of activations.
+_TANH_GELU = partial(jax.nn.gelu, approximate=True)
+_ERF_GELU = partial(jax.nn.gelu, approximate=False)
+# Hugging Face's names of activations, several of which are one function.
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    # Two names of the tanh approximation.
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+    **dict.fromkeys(("gelu", "gelu_python"), _ERF_GELU),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        _TANH_GELU,
+    ),
+    "gelu_10": lambda x: jnp.clip(_ERF_GELU(x), -10, 10),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "mish": jax.nn.mish,
+    "hardswish": jax.nn.hard_swish,
+    "linear": lambda x: x,
 }
 
 
@@ -116,13 +126,13 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, the mean in float32.
 
     With `offset` (Gemma) the factor is `1 + scale`; with `centered` (Cohere) the mean is subtracted
-    from `x` first. With these, or `wide` (gpt-oss), the product is rounded once.
+    from `x` first. With these, or `wide` (gpt-oss), the product is rounded once. `shape` is (d,),
+    or (n, d) where each head has a scale of its own.
     """
 
     def __init__(
         self,
-        size: int,
-        *,
+        *shape: int,
         eps: float,
         param_dtype: DTypeLike,
         offset: bool = False,
@@ -134,14 +144,14 @@ class RMSNorm(nnx.Module):
         self.offset, self.centered = offset, centered
         # Either way a fresh norm multiplies by 1.
         fresh = jnp.zeros if offset else jnp.ones
-        self.scale = nnx.Param(fresh((size,), param_dtype))
+        self.scale = nnx.Param(fresh(shape, param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
         if self.centered:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale.get_value()  # (d,)
+        scale = self.scale.get_value()  # (d,) or (n, d)
         if self.wide:
             return (normal * (scale.astype(jnp.float32) + int(self.offset))).astype(x.dtype)
         # Llama rounds before it multiplies, the others after; in 16 bits the results differ.
@@ -155,18 +165,24 @@ def normal(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, mean and variance in float32."""
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, mean and variance in float32.
 
-    def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+    With `offset` (Nemotron) the factor is `1 + scale`.
+    """
+
+    def __init__(
+        self, size: int, *, eps: float, param_dtype: DTypeLike, offset: bool = False
+    ) -> None:
+        self.eps, self.offset = eps, offset
+        fresh = jnp.zeros if offset else jnp.ones
+        self.scale = nnx.Param(fresh((size,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale, bias = self.scale.get_value(), self.bias.get_value()
+        scale, bias = self.scale.get_value() + int(self.offset), self.bias.get_value()
         return normal.astype(x.dtype) * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 

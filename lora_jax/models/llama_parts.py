@@ -62,10 +62,10 @@ class Attention(nnx.Module):
         if self.sunk:
             self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
         if self.qk_norm:
-            whole = config.qk_norm_whole
-            self.q_norm = norm_of(config, queries if whole else size, param_dtype)
+            norm = head_norm_of(config, config.num_attention_heads, size, param_dtype)
+            setattr(self, self.names.q_norm, norm)
         if self.qk_norm and not self.shares:
-            self.k_norm = norm_of(config, pairs if whole else size, param_dtype)
+            setattr(self, self.names.k_norm, head_norm_of(config, heads, size, param_dtype))
         self.v_norm, self.eps = config.v_norm, config.rms_norm_eps
 
     def project(
@@ -89,7 +89,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Stored]:
         if self.shares:
             q = kept(self.q_proj(x)).reshape(*x.shape[:2], -1, self.head_dim)
-            mixed, stored = attend(self.q_norm(q), None, None, stored=stored, block=block)
+            q = getattr(self, self.names.q_norm)(q)
+            mixed, stored = attend(q, None, None, stored=stored, block=block)
             return self.output(mixed), stored
         q, k, v = self.project(x)
         if self.gated:  # beside each head's queries
@@ -97,13 +98,13 @@ class Attention(nnx.Module):
             q, gate = (both[..., i, :].reshape(*x.shape[:2], -1) for i in range(2))
         # Norms come before the rotation, which `attend` does.
         if self.qk_norm and self.norm_whole:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.normalized(q, k)
         if self.limit is not None:
             q, k, v = (jnp.clip(y, -self.limit, self.limit) for y in (q, k, v))
         # (b, t, n, h) and (b, t, k, h)
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm and not self.norm_whole:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.normalized(q, k)
         v = normal(v, self.eps) if self.v_norm else v
         if self.interleaved:
             q, k = (by_halves(y, self.interleaved) for y in (q, k))
@@ -112,6 +113,10 @@ class Attention(nnx.Module):
         mixed, stored = attend(q, k, v, stored=stored, block=block)
         mixed = mixed * jax.nn.sigmoid(gate).reshape(mixed.shape) if self.gated else mixed
         return self.output(mixed), stored
+
+    def normalized(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """Queries and keys after their norms."""
+        return getattr(self, self.names.q_norm)(q), getattr(self, self.names.k_norm)(k)
 
     def output(self, mixed: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
         """The projection of what the heads have mixed."""
@@ -163,10 +168,37 @@ class MLP(nnx.Module):
         return down(activation(gate) * up)
 
 
+class HeadNorms(nnx.Module):
+    """A norm of each head, under a name that is followed by the head's number in files."""
+
+    def __init__(self, norms: RMSNorm) -> None:
+        self.norms = norms
+
+    def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
+        return self.norms(x)
+
+
+def head_norm_of(
+    config: LlamaConfig, heads: int, size: int, param_dtype: DTypeLike
+) -> RMSNorm | LayerNorm | HeadNorms:
+    """The norm of the queries, or of the keys, of so many heads of one size."""
+    if config.qk_norm_whole:
+        return norm_of(config, heads * size, param_dtype)
+    if not config.qk_norm_by_head:
+        return norm_of(config, size, param_dtype)
+    # These have no bias.
+    norm = RMSNorm(
+        heads, size, eps=config.rms_norm_eps, param_dtype=param_dtype, centered=config.norm_centered
+    )
+    return HeadNorms(norm) if config.modules.head_norms_numbered else norm
+
+
 def norm_of(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | LayerNorm:
     """The norm of a configuration, of so many numbers."""
     if config.norm_bias:
-        return LayerNorm(size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        return LayerNorm(
+            size, eps=config.rms_norm_eps, param_dtype=param_dtype, offset=config.norm_offset
+        )
     return RMSNorm(
         size,
         eps=config.rms_norm_eps,

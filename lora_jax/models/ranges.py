@@ -87,7 +87,7 @@ _FLAGS = (
     "attention_bias", "attention_out_bias", "mlp_bias", "norm_topk_prob", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "truncate", "use_bias",
     "use_parallel_residual", "use_sliding_window", "qkv_bias", "rope_interleave", "use_qk_norm",
-    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp",
+    "attention_k_eq_v", "qk_layernorm", "use_post_norm", "enable_moe_block", "use_double_wide_mlp",
 )  # fmt: skip
 _ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
 _OBJECTS = ("id2label", "per_layer_config", *_ROPES)

@@ -20,7 +20,8 @@ PLAIN = (
     "model_type", *_SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id",
     "pad_token_id", "initializer_range",
 )  # fmt: skip
-_READ = (*PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
+# The dropout is for training from the start; an adapter has its own.
+_READ = (*PLAIN, "rope_scaling", "rope_parameters", "eos_token_id", "attention_dropout")
 
 
 # Fields where null means "none", not "the default".
@@ -54,7 +55,8 @@ def read_fields(raw: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     fields = {name: given[name] for name in PLAIN if name in given}
-    fields |= {"hidden_activation": _activation(given, dialect)}
+    act = given.get(dialect.activation, dialect.act)
+    fields |= {"hidden_activation": dialect.renamed_acts.get(act, act)}
     fields |= {"eos_token_ids": tuple_of(given.get("eos_token_id"))}
     own = {**dialect.rope(given), **dialect.read(with_nulls), **read_classes(raw)}
     return {**fields, **own}
@@ -72,11 +74,3 @@ def with_plain_windows(config: Any) -> Any:
             "config: where some blocks do not rotate, those with a window must be those that do"
         )
     return replace(config, sliding_layers=None if all(slides) else slides)
-
-
-def _activation(given: Mapping[str, Any], dialect: Dialect) -> str:
-    first = next(iter(dialect.activations))
-    if (act := given.get(dialect.activation, first)) not in dialect.activations:
-        known = " or ".join(f"`{name}`" for name in dict.fromkeys(dialect.activations.values()))
-        raise ValueError(f"config: `{dialect.activation}` `{act}` is not supported, only {known}")
-    return dialect.activations[act]

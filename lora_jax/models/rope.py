@@ -109,6 +109,9 @@ def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScali
     kind = given.pop("rope_type", (raw or {}).get("type") or "default")
     if kind == "default" and not given:
         return None
+    if kind == "default":
+        fields = ", ".join(f"`{name}` = {value!r}" for name, value in given.items())
+        raise ValueError(f"`rope_scaling`: {fields} with rope_type `default` is not supported")
     if kind not in VARIANTS:
         known = ", ".join(("default", *VARIANTS))
         raise ValueError(f"`rope_scaling`: rope_type `{kind}` is not one of {known}")

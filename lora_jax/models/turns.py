@@ -4,7 +4,7 @@
                 window, or none in some blocks
     normalize   after the rotation, without a scale (Llama 4)
     grow        the queries of blocks that do not rotate, with the length of the text (Llama 4):
-                1 + c log(1 + floor((p + 1) / s)) at position p
+                1 + c log(1 + floor((p + 1) / s)) at position p; or of all, by p (Ministral 3)
 
 Sources: RoPE arXiv:2104.09864; temperature tuning arXiv:2501.19399.
 """
@@ -34,7 +34,8 @@ def turns_of(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Turns:
     rotation_of = _rotations(config, positions)
     factor = None
     if config.floor_scale is not None:
-        steps = jnp.floor((positions + 1.0) / config.floor_scale)
+        first = 0.0 if config.floor_everywhere else 1.0
+        steps = jnp.floor((positions + first) / config.floor_scale)
         factor = 1 + config.attn_scale * jnp.log1p(steps)[..., None, None]  # (b, t, 1, 1)
 
     def turn_of(slides: bool | Array) -> Turn:
@@ -47,7 +48,8 @@ def turns_of(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Turns:
                 eps = config.rms_norm_eps
                 q, k = choose(rotates, (normal(q, eps), normal(k, eps)), (q, k))
             if factor is not None:
-                q = choose(rotates, q, (q * factor).astype(q.dtype))
+                grown = (q * factor).astype(q.dtype)
+                q = grown if config.floor_everywhere else choose(rotates, q, grown)
             return q, k
 
         return turn

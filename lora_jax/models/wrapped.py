@@ -16,7 +16,8 @@ from lora_jax.hf.checkpoint.names import Family, unified
 from lora_jax.hf.checkpoint.safetensors import INDEX, PICKLES, open_directory, open_exact
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.dialect import ROPES, without_mrope
+from lora_jax.models.dialect import ANY_OTHER, ROPES, without_mrope
+from lora_jax.paths import nearest
 
 # Vision-language model types -> the type of their text model, where `text_config` has none.
 WRAPPERS: Mapping[str, str] = {
@@ -91,7 +92,8 @@ def check_readable(raw: Mapping[str, Any], known: Collection[str]) -> None:
         why = f": {_DIFFERS[kind]}" if kind in _DIFFERS else ""
         raise ValueError(
             f"config: the decoder inside a `{kind}` cannot be read{why}; of models of images and "
-            f"texts those inside {', '.join(WRAPPERS)} can"
+            f"texts those inside {', '.join(WRAPPERS)} can; nearest: {nearest(kind, WRAPPERS)}. "
+            f"{ANY_OTHER}"
         )
 
 

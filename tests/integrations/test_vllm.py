@@ -38,6 +38,11 @@ ARCHITECTURES = {
 }  # fmt: skip
 # vLLM 0.33 takes no adapters for the first two, and has no model of its own for the others.
 MIXTURES = "mixtral qwen3_moe deepseek_v3 llama4_text gemma4_text gpt_oss qwen3_5_moe_text".split()
+# Not compared with this release of vLLM.
+LATER = {
+    "cwm", "dots1", "exaone_moe", "flex_olmo", "hyperclovax", "internlm3", "iquestcoder", "jais2",
+    "ministral3", "nemotron", "solar_open", "vaultgemma", "youtu",
+}  # fmt: skip
 REFUSED = {"gpt2", "stablelm", "ministral", "helium"}
 
 
@@ -69,7 +74,7 @@ def exported(kind, folder, targets):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in LATER])
 def test_a_family_passes_vllms_checks(kind, tmp_path):
     is_latent = kind in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
     targets = "q_proj query_key_value qkv_proj c_attn o_proj dense c_proj".split()

@@ -95,6 +95,9 @@ CASES = {
         ),
     ),
     "deberta without distances": ("deberta-v2", "features", dict(relative_attention=False)),
+    "deberta by neither distance": (
+        "deberta-v2", "features", dict(share_att_key=False, pos_att_type=[]),
+    ),
     "deberta finds answers": ("deberta-v2", "question-answering", {}),
     "deberta with a convolution": (
         "deberta-v2", "sequence-classification", dict(conv_kernel_size=3, conv_act="gelu"),
@@ -514,7 +517,7 @@ BAD_CONFIGS = {
         "`position_embedding_type` = 'relative_key' is not supported",
     ),
     "an unknown field": (dict(sparkle=3), "field `sparkle` = 3 is not known for model_type `bert`"),
-    "an activation": (dict(hidden_act="mish"), "hidden_act `mish` is not one of silu"),
+    "an activation": (dict(hidden_act="xielu"), "hidden_act `xielu` is not one of silu"),
     "heads": (dict(num_attention_heads=5), r"`hidden_size` \(32\) is not a multiple"),
 }
 

@@ -152,6 +152,7 @@ GIVEN: dict[str, Any] = {
     # Heads of 42 numbers, of which 21 turn: no model has the class's own sizes.
     "glm4_moe": {"head_dim": 128},
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2},
     "llama4_text": {"interleave_moe_layer_step": 2},
     "gemma4_text": {"num_hidden_layers": 8},  # the last one sees all tokens
 }
@@ -234,8 +235,8 @@ REFUSED = {
         {"residual_multiplier": 2.0},
         "field `residual_multiplier` = 2.0 is not known for model_type `llama` and may change",
     ),
-    "another activation": ({"hidden_act": "gelu"}, "`hidden_act` `gelu` is not supported"),
-    "dropout": ({"attention_dropout": 0.1}, "`attention_dropout` = 0.1 is not supported"),
+    "another activation": ({"hidden_act": "xielu"}, "`hidden_activation` `xielu` is not one of"),
+    "dropout": ({"attention_dropout": 2}, "`attention_dropout` must be"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` = 0.5 is not"),
     "interleaved": ({"rope_interleaved": True}, "`rope_interleaved` = True is not supported"),
     "quantized": (
@@ -332,8 +333,8 @@ def test_a_config_is_frozen_and_checked_when_made():
         config.vocab_size = 3
     with pytest.raises(ValueError, match="`vocab_size` must be a whole number from 1"):
         dataclasses.replace(config, vocab_size=-1)
-    with pytest.raises(ValueError, match="`hidden_activation` `mish` is not one of silu, swish"):
-        dataclasses.replace(config, hidden_activation="mish")
+    with pytest.raises(ValueError, match="`hidden_activation` `xielu` is not one of silu, swish"):
+        dataclasses.replace(config, hidden_activation="xielu")
 
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}

@@ -22,6 +22,7 @@ SIZES = dict(DECODER_SIZES, pad_token_id=0, eos_token_id=1)
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOW = dict(sliding_window=4)
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, high_freq_factor=4.0)
 NEOX = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"}
 CASES = {
     "olmo2": dict(SIZES, model_type="olmo2"),
@@ -45,6 +46,10 @@ CASES = {
     "stablelm side by side": dict(
         SIZES, model_type="stablelm", partial_rotary_factor=0.5, use_parallel_residual=True
     ),
+    "stablelm with norms of queries and keys": dict(
+        SIZES, model_type="stablelm", partial_rotary_factor=0.5, qk_layernorm=True,
+        hidden_act="mish",
+    ),
     "smollm3": dict(SIZES, model_type="smollm3", no_rope_layers=[1, 0, 1]),
     "smollm3 by default": dict(
         SIZES, model_type="smollm3", num_hidden_layers=4, attention_bias=True,
@@ -61,6 +66,9 @@ CASES = {
     ),
     "arcee": dict(SIZES, model_type="arcee", mlp_bias=True),
     "cohere": dict(SIZES, model_type="cohere", logit_scale=0.5),
+    "cohere with norms of queries and keys": dict(
+        SIZES, model_type="cohere", use_qk_norm=True, hidden_act="quick_gelu"
+    ),
     "cohere2": dict(
         SIZES, **WINDOW, model_type="cohere2", layer_types=[SLIDING, FULL, SLIDING],
         attention_bias=True,
@@ -78,6 +86,35 @@ CASES = {
     "phi that rotates all": dict(
         SIZES, model_type="phi", partial_rotary_factor=1.0,
         rope_scaling=dict(rope_type="linear", factor=2.0),
+    ),
+    "phi with norms of queries and keys": dict(SIZES, model_type="phi", qk_layernorm=True),
+    "cwm": dict(
+        SIZES, **WINDOW, model_type="cwm", head_dim=8, num_hidden_layers=5, mlp_bias=True,
+        rope_scaling=dict(
+            LLAMA3, rope_theta=500.0, low_freq_factor=1.0, original_max_position_embeddings=8
+        ),
+    ),
+    "hyperclovax": dict(
+        SIZES, model_type="hyperclovax", head_dim=8, embedding_multiplier=3.0,
+        residual_multiplier=0.4, logits_scaling=1.5, attention_multiplier=0.2, attention_bias=True,
+    ),
+    "hyperclovax with plain norms": dict(SIZES, model_type="hyperclovax", use_post_norm=False),
+    "internlm3": dict(SIZES, model_type="internlm3", head_dim=8, qkv_bias=True, bias=True),
+    "iquestcoder": dict(SIZES, model_type="iquestcoder", head_dim=8),
+    "jais2": dict(SIZES, model_type="jais2"),
+    "ministral3": dict(
+        SIZES, model_type="ministral3", head_dim=8,
+        rope_parameters=dict(
+            YARN, rope_theta=500.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.4,
+        ),
+    ),
+    "nemotron": dict(SIZES, model_type="nemotron", attention_bias=True, head_dim=8),
+    "vaultgemma": dict(SIZES, **WINDOW, model_type="vaultgemma", head_dim=8),
+    # Its class in transformers clears the row of padding when it loads.
+    "youtu": dict(
+        SIZES | {"pad_token_id": None}, model_type="youtu", num_key_value_heads=4,
+        kv_lora_rank=16, q_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
     ),
     "ministral": dict(
         SIZES, **WINDOW, model_type="ministral", head_dim=8, layer_types=[SLIDING, FULL, SLIDING]
@@ -97,6 +134,10 @@ ONE_EACH = (
     "gpt_neox",
     "phi",
 )
+NEWER = (
+    "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
+    "vaultgemma", "youtu",
+)  # fmt: skip
 COSTLY = [c if c in ONE_EACH else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 
 
@@ -128,6 +169,10 @@ def test_logits_are_transformers(saved, case):
         "ernie4_5",
         "helium",
         "stablelm",
+        "cohere with norms of queries and keys",
+        "stablelm with norms of queries and keys",
+        "phi with norms of queries and keys",
+        *NEWER,
     ],
 )
 def test_greedy_text_is_transformers(saved, case):
@@ -279,6 +324,23 @@ PUBLIC = {
         hidden_act="gelu_new", layer_norm_eps=1e-5, partial_rotary_factor=0.5,
         qk_layernorm=False, rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=50256,
     ),
+    "Ministral-3-3B": dict(
+        model_type="ministral3", head_dim=16, hidden_act="silu", rms_norm_eps=1e-5,
+        sliding_window=None, tie_word_embeddings=True,
+        rope_parameters=dict(
+            beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0,
+            mscale_all_dim=1.0, original_max_position_embeddings=16384, rope_theta=1000000.0,
+            rope_type="yarn", type="yarn",
+        ),
+    ),
+    "Minitron-4B": dict(
+        model_type="nemotron", head_dim=16, hidden_act="relu2", mlp_bias=False, norm_eps=1e-5,
+        partial_rotary_factor=0.5, rope_theta=10000, initializer_range=0.0134,
+    ),
+    "internlm3-8b": dict(
+        model_type="internlm3", bias=False, head_dim=16, hidden_act="silu", qkv_bias=False,
+        rms_norm_eps=1e-5, rope_theta=50000000, rope_scaling=dict(factor=6.0, rope_type="dynamic"),
+    ),
     "starcoder2-3b": dict(
         model_type="starcoder2", activation_function="gelu_pytorch_tanh",
         attention_softmax_in_fp32=True, embedding_dropout=0.1, residual_dropout=0.1,
@@ -297,14 +359,24 @@ def test_public_configurations_are_read_and_come_back(name):
     assert config_from_hf(config.to_hf()) == config
 
 
+def test_ministral3_is_read_inside_of_mistral3():
+    text = {**COMMON, **PUBLIC["Ministral-3-3B"]}
+    config = config_from_hf({"model_type": "mistral3", "text_config": text})
+    assert (config.model_type, config.wrapper) == ("ministral3", "mistral3")
+    assert (config.floor_scale, config.attn_scale) == (16384, 0.1)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(model_type="cohere", use_qk_norm=True), "`use_qk_norm` = True is not supported"),
+        (dict(model_type="cohere2", use_qk_norm=True), "`use_qk_norm` = True is not supported"),
+        (
+            dict(model_type="ministral3", rope_parameters=dict(YARN)),
+            "`rope_parameters` lacks `llama_4_scaling_beta`",
+        ),
         (dict(model_type="cohere2", rotary_pct=0.5), "`rotary_pct` = 0.5 is not supported"),
         (dict(model_type="smollm3", use_sliding_window=True), "`use_sliding_window` is not"),
         (dict(model_type="smollm3", no_rope_layers=[1]), "1 `rope_layers` for 3"),
-        (dict(model_type="phi", qk_layernorm=True), "`qk_layernorm` = True is not supported"),
         (dict(model_type="phi", tie_word_embeddings=True), "`tie_word_embeddings` = True is not"),
         (dict(model_type="starcoder2", norm_type="rms_norm"), "`norm_type` = 'rms_norm' is not"),
         (dict(model_type="olmo4"), "nearest: `olmo2`.* see guides/name-map"),

@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lora_jax import models
 from lora_jax.models import GPT2Config, LlamaConfig, config_from_hf
 from lora_jax.models.dialect import BEFORE, BOTH
+from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.rope import RopeScaling
+
+from tests.support.oracle import oracle
 
 pytestmark = pytest.mark.once
 
@@ -275,8 +280,12 @@ def test_longrope_in_the_spellings_of_every_version():
 
 
 REFUSED = {
-    "another activation": (GEMMA2, {"hidden_activation": "silu"}, "`hidden_activation` `silu` is"),
-    "another activation of the first": (GEMMA, {"hidden_activation": "relu"}, "`relu` is not supp"),
+    "another activation": (GEMMA2, {"hidden_activation": "xielu"}, "`hidden_activation` `xielu`"),
+    "another activation of the first": (
+        GEMMA,
+        {"hidden_activation": "relu"},
+        "`hidden_activation` = 'relu' is not supported",
+    ),
     "both ways": (GEMMA3, {"use_bidirectional_attention": True}, "`use_bidirectional_attention` ="),
     "eyes only": ({"model_type": "gemma3"}, {}, "a `gemma3` needs a `text_config`, an object"),
     "a scaled local rope": (
@@ -316,7 +325,7 @@ REFUSED = {
         r"`partial_rotary_factor` .* 0.1 of `head_dim` 96 rotates 9 dims.*; 0.104167 does",
     ),
     "two contexts": (GPT2, {"n_ctx": 512}, "`n_ctx` is 512, but `n_positions` 1024"),
-    "no activation": (GPT2, {"activation_function": "mish"}, "`mish` is not one of silu"),
+    "no activation": (GPT2, {"activation_function": "xielu"}, "`xielu` is not one of silu"),
     "uneven heads": (GPT2, {"n_head": 7}, r"`n_embd` \(768\) is not a multiple of `n_head` \(7\)"),
     "no heads": (GPT2, {"n_head": 0}, "`n_head` must be a whole number from 1 to .*, got 0"),
     "cross attention": (GPT2, {"add_cross_attention": True}, "`add_cross_attention` = True is not"),
@@ -403,3 +412,20 @@ def test_every_architecture_is_known_by_its_name():
         config_from_hf({"model_type": "mamba"})
     assert isinstance(config_from_hf(GEMMA), LlamaConfig)
     assert isinstance(config_from_hf(GPT2), GPT2Config)
+
+
+def test_activations_are_transformers():
+    numbers = np.linspace(-12, 12, 97, dtype=np.float32)
+
+    def theirs():
+        import torch
+        from transformers.activations import ACT2FN
+
+        return {name: ACT2FN[name](torch.tensor(numbers)).numpy() for name in ACTIVATIONS}
+
+    want = oracle("models/dialects/activations", theirs)
+    for name, ours in ACTIVATIONS.items():
+        # float32: exponentials and error functions of two libraries.
+        np.testing.assert_allclose(
+            ours(jnp.asarray(numbers)), want[name], rtol=2e-6, atol=2e-6, err_msg=name
+        )

@@ -130,11 +130,23 @@ CASES |= {
         **LATENT, "model_type": "glm4_moe_lite", "q_lora_rank": 16, "v_head_dim": 12,
         "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2,
     },
+    "flex_olmo": dict(SIZES, model_type="flex_olmo", num_experts=4, num_experts_per_tok=2),
+    "dots1": dict(
+        SIZES, **GROUPS, model_type="dots1", head_dim=8, n_shared_experts=1, sliding_window=4,
+        first_k_dense_replace=1, max_window_layers=2, attention_bias=True,
+    ),
+    "exaone_moe": {
+        **SIZES, **GROUPS, "model_type": "exaone_moe", "head_dim": 8, "num_experts": 8,
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+    },
+    "solar_open": dict(SIZES, **GROUPS, model_type="solar_open", head_dim=8, attention_bias=True),
     "deepseek_v3 with plain queries": dict(
         {**LATENT, "v_head_dim": 12}, q_lora_rank=None, first_k_dense_replace=2,
         rope_interleave=False, attention_bias=True,
     ),
 }  # fmt: skip
+NEWER = ("flex_olmo", "dots1", "exaone_moe", "solar_open")
 ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits", "gpt_oss", "deepseek_v3")
 
 
@@ -156,7 +168,7 @@ def test_logits_are_transformers(saved, case):
 @pytest.mark.parametrize(
     "case",
     ["mixtral with a window", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_moe in turns", "qwen2_moe",
-     "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite"],
+     "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite", *NEWER],
 )  # fmt: skip
 def test_greedy_text_is_transformers(saved, case):
     check_greedy_text(saved, PLACE, case)
@@ -187,6 +199,7 @@ def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
                 "deepseek_v3",
                 "deepseek_v2",
                 "glm4_moe_lite",
+                *NEWER,
             )  # fmt: skip
         ),
     ],
@@ -384,9 +397,14 @@ def test_layers_that_predict_further_tokens_are_not_loaded(saved, tmp_path):
     model, plain = (models.load(folder) for folder in (tmp_path / "model", directory))
     jax.tree.map(np.testing.assert_array_equal, model.params, plain.params)
     fields = json.loads((directory / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(
-        json.dumps({**fields, "num_nextn_predict_layers": 0})
-    )
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**fields, "num_nextn_predict_layers": 1}))
+    with pytest.warns(UserWarning, match="which predict further tokens, are not loaded: what is"):
+        models.save_merged(tmp_path / "merged", models.load(path.parent), plain.params)
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["num_nextn_predict_layers"] == 0
+    models.load(tmp_path / "merged")
+    path.write_text(json.dumps({**fields, "num_nextn_predict_layers": 0}))
     with pytest.raises(ValueError, match=r"1 not part of the model: `model.layers.3.eh_proj"):
         models.load(tmp_path / "model")
 

@@ -59,6 +59,45 @@ FAMILIES = {
     "starcoder2": WINDOW,
     "gpt_neox": dict(rotary_pct=0.5, num_key_value_heads=4),
     "phi": {},
+    "cwm": dict(WINDOW, head_dim=8),
+    "hyperclovax": dict(residual_multiplier=0.5),
+    "internlm3": dict(head_dim=8),
+    "iquestcoder": dict(head_dim=8),
+    "jais2": {},
+    "ministral3": dict(
+        head_dim=8,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=500.0,
+            factor=4.0,
+            original_max_position_embeddings=4,
+            llama_4_scaling_beta=0.4,
+        ),
+    ),
+    "nemotron": dict(head_dim=8),
+    "vaultgemma": dict(WINDOW, head_dim=8),
+    "youtu": {name: x for name, x in LATENT.items() if "expert" not in name},
+    "flex_olmo": dict(num_experts=3, num_experts_per_tok=2),
+    "dots1": dict(
+        WINDOW,
+        head_dim=8,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        max_window_layers=1,
+    ),
+    "exaone_moe": dict(
+        WINDOW,
+        head_dim=8,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        sliding_window_pattern=2,
+    ),
+    "solar_open": dict(
+        head_dim=8, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2
+    ),
     "mixtral": dict(num_local_experts=3),
     "qwen2_moe": dict(
         moe_intermediate_size=24,
@@ -121,6 +160,8 @@ LATER = (
     "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text", "llama4_text",
     "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2",
     "starcoder2", "phi", "gpt_neox", "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
+    "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
+    "vaultgemma", "youtu", "flex_olmo", "dots1", "exaone_moe", "solar_open",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24

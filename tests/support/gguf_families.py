@@ -61,6 +61,14 @@ CASES = {
         num_nextn_predict_layers=0,
     ),
     "starcoder2": GROUPED,
+    "cohere": dict(GROUPED, use_qk_norm=True, logit_scale=0.5, tie_word_embeddings=True),
+    "nemotron": dict(GROUPED, attention_bias=True),
+    "jais2": GROUPED,
+    "dots1": dict(
+        GROUPED, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        n_shared_experts=1, first_k_dense_replace=1, sliding_window=None,
+        num_nextn_predict_layers=0, routed_scaling_factor=1.7,
+    ),
     "cohere2": dict(GROUPED, sliding_window=4, num_hidden_layers=4, logit_scale=0.5),
     "granite": dict(
         GROUPED, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=1.5,
@@ -152,6 +160,7 @@ OWN = {
         "rope.scaling.yarn_log_multiplier": 0.07,
     },
     "deepseek_v3": {**LATENT_KEYS, "expert_gating_func": 2},
+    "dots1": {"expert_gating_func": 2},
     "glm4_moe_lite": LATENT_KEYS,
     "gemma4_text": {
         "feed_forward_length": [64, 64, 128, 128], "attention.head_count_kv": [2, 1, 2, 1],
@@ -175,7 +184,7 @@ PARTIAL = ("partial_rotary_factor", "rotary_pct")
 
 
 # Architectures whose files have 1 + the scales of norms.
-ADDED = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
+ADDED = ("nemotron", "gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
 
 
 def apart(name, x, config, arch):

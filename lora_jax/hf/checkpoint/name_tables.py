@@ -105,6 +105,16 @@ GROUPED = replace(
     name="grouped experts",
     rules=(Rule("*mlp.gate", "e_score_correction_bias", "e_score_correction_bias"), *LLAMA.rules),
 )
+# K-EXAONE has that number beside the router, and the further layers by another name.
+EXAONE_MOE = replace(
+    GROUPED,
+    name="exaone_moe",
+    moved=(
+        *GROUPED.moved,
+        Moved("mlp.gate.e_score_correction_bias", ("mlp.e_score_correction_bias",)),
+    ),
+    ignored=(*GROUPED.ignored, "mtp.*"),
+)
 MIXTRAL = replace(
     LLAMA,
     name="mixtral",
@@ -168,6 +178,15 @@ _STARCODER2_RULES = tuple(
     Rule(f"*layers.mlp.{name}", "weight", "kernel", (1, 0)) for name in ("c_fc", "c_proj")
 )
 STARCODER2 = replace(LLAMA, name="starcoder2", rules=(*_STARCODER2_RULES, *LLAMA.rules))
+
+_POST_NORM = Rule("*post_norm?", "weight", "scale")
+HYPERCLOVAX = replace(LLAMA, name="hyperclovax", rules=(_POST_NORM, *LLAMA.rules))
+
+# The norms of queries and keys are numbered, one for each head.
+_HEAD_NORMS = Rule("*layernorm.norms", "weight", "scale")
+STABLELM = replace(
+    LLAMA, name="stablelm", stacks=("layers", "norms"), rules=(_HEAD_NORMS, *LLAMA.rules)
+)
 
 # transformers 5 has the head as `lm_head`, and in files as `embed_out`.
 NEOX = replace(
@@ -298,6 +317,8 @@ ANY = Family(
     rules=(
         *_DELTA,
         _NORM,
+        _POST_NORM,
+        _HEAD_NORMS,
         _EMBEDDING,
         _EMBEDDING_IN,
         *_GEMMA4_RULES,

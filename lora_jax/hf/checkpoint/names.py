@@ -25,17 +25,20 @@ from typing import NamedTuple
 
 from lora_jax.hf.checkpoint.name_tables import ANY as ANY
 from lora_jax.hf.checkpoint.name_tables import BERT as BERT
+from lora_jax.hf.checkpoint.name_tables import EXAONE_MOE as EXAONE_MOE
 from lora_jax.hf.checkpoint.name_tables import EXPERTS as EXPERTS
 from lora_jax.hf.checkpoint.name_tables import GEMMA4 as GEMMA4
 from lora_jax.hf.checkpoint.name_tables import GPT2 as GPT2
 from lora_jax.hf.checkpoint.name_tables import GPT_OSS as GPT_OSS
 from lora_jax.hf.checkpoint.name_tables import GROUPED as GROUPED
+from lora_jax.hf.checkpoint.name_tables import HYPERCLOVAX as HYPERCLOVAX
 from lora_jax.hf.checkpoint.name_tables import LLAMA as LLAMA
 from lora_jax.hf.checkpoint.name_tables import LLAMA4 as LLAMA4
 from lora_jax.hf.checkpoint.name_tables import MIXTRAL as MIXTRAL
 from lora_jax.hf.checkpoint.name_tables import NEOX as NEOX
 from lora_jax.hf.checkpoint.name_tables import QWEN3_5 as QWEN3_5
 from lora_jax.hf.checkpoint.name_tables import QWEN3_NEXT as QWEN3_NEXT
+from lora_jax.hf.checkpoint.name_tables import STABLELM as STABLELM
 from lora_jax.hf.checkpoint.name_tables import STARCODER2 as STARCODER2
 from lora_jax.hf.checkpoint.name_tables import T5 as T5
 from lora_jax.hf.checkpoint.name_tables import VIT as VIT
@@ -116,7 +119,7 @@ def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple
             own = len(index) - ("{}" in theirs[0])  # the last number is the expert's
             block, expert = plain.removesuffix(ours), index[own:]
             ends = (end.format(*expert) for end in theirs)
-            axes = None if ours.endswith((".scale", ".bias")) else (1, 0)
+            axes = None if ours.endswith((".scale", "bias")) else (1, 0)
             return tuple(
                 Tensor(module_name(f"{block}{end}", index[:own], family=family), axes)
                 for end in ends

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
-from lora_jax.hf.gguf.fields import Stated, bert, delta, gemma4, latent, llama4, modernbert
+from lora_jax.hf.gguf.fields import Stated, bert, cohere, delta, gemma4, latent, llama4, modernbert
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _DENSE = (*_ATTENTION, *_MLP)
+_UNGATED = (*_ATTENTION, "mlp.up_proj", "mlp.down_proj")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -174,6 +175,10 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys={**_GROUPED_KEYS, "nextn_predict_layers": "num_nextn_predict_layers"},
         rotary="partial_rotary_factor",
     ),
+    "dots1": GgufArchitecture(
+        "dots1", (*_DENSE, *_SHARED_EXPERTS), (*_NORMS, *_EXPERTS, *_QK_NORMS), _BIASED,
+        experts="mlp.experts", keys=_GROUPED_KEYS, fixed={"sliding_window": None},
+    ),
     # V2 and V3, which differ in what their routers compute.
     "deepseek2": GgufArchitecture(
         "deepseek_v3",
@@ -209,34 +214,30 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         joined={"linear_attn.in_proj_qkvz": (_SPLIT[0], _SPLIT[1])},
     ),
     "qwen35": GgufArchitecture(
-        "qwen3_5_text",
-        (*_ATTENTION, *_LINEAR, *_MLP),
-        (*_NORMS, *_QK_NORMS, *_DELTA),
-        _DELTA_ODD,
-        keys=_RMS,
-        own=_DELTA_KEYS,
-        read=delta,
-        rotary="partial_rotary_factor",
-        added=1.0,
+        "qwen3_5_text", (*_ATTENTION, *_LINEAR, *_MLP), (*_NORMS, *_QK_NORMS, *_DELTA), _DELTA_ODD,
+        keys=_RMS, own=_DELTA_KEYS, read=delta, rotary="partial_rotary_factor", added=1.0,
         in_turns=True,
     ),
     "qwen35moe": GgufArchitecture(
         "qwen3_5_moe_text",
         (*_ATTENTION, *_LINEAR, *_SHARED),
-        (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"),
-        _DELTA_ODD,
-        experts="mlp.experts",
-        keys=_SHARED_KEYS,
-        own=(*_DELTA_KEYS, "feed_forward_length"),
-        read=delta,
-        rotary="partial_rotary_factor",
-        added=1.0,
-        in_turns=True,
+        (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"), _DELTA_ODD,
+        experts="mlp.experts", keys=_SHARED_KEYS, own=(*_DELTA_KEYS, "feed_forward_length"),
+        read=delta, rotary="partial_rotary_factor", added=1.0, in_turns=True,
     ),
     "starcoder2": GgufArchitecture(
         "starcoder2", (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
         keys={"attention.layer_norm_epsilon": "norm_epsilon"},
     ),
+    "command-r": GgufArchitecture(
+        "cohere", others=("input_layernorm", *_QK_NORMS), read=cohere,
+        keys={**_LAYER_NORM, "logit_scale": "logit_scale"},
+    ),
+    "nemotron": GgufArchitecture(
+        "nemotron", _UNGATED, keys={"attention.layer_norm_epsilon": "norm_eps"},
+        rotary="partial_rotary_factor", added=1.0,
+    ),
+    "jais2": GgufArchitecture("jais2", _UNGATED, keys=_LAYER_NORM),
     "cohere2": GgufArchitecture(
         "cohere2", others=("input_layernorm",),
         keys={**_LAYER_NORM, "logit_scale": "logit_scale",
@@ -248,9 +249,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
               "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
               "logit_scale": "logits_scaling"},
     ),
-    "arcee": GgufArchitecture(
-        "arcee", (*_ATTENTION, "mlp.up_proj", "mlp.down_proj"), permuted=True, keys=_RMS
-    ),
+    "arcee": GgufArchitecture("arcee", _UNGATED, permuted=True, keys=_RMS),
     "smollm3": GgufArchitecture("smollm3", permuted=True, keys=_RMS),
     "ernie4_5": GgufArchitecture("ernie4_5", keys=_RMS),
     "olmo2": GgufArchitecture("olmo2", others=(*_AFTER, *_QK_NORMS), keys=_RMS),

@@ -246,6 +246,11 @@ def _both_ways(stated: Stated) -> Mapping[str, Any]:
     return stated.facts
 
 
+def cohere(stated: Stated) -> dict[str, Any]:
+    """Command R+ alone normalizes queries and keys."""
+    return {"use_qk_norm": _has(stated, 0, "self_attn.q_norm")}
+
+
 def short(value: float) -> float:
     """The shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))

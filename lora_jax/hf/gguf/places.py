@@ -127,6 +127,7 @@ def _added_to(file: Gguf, place: Place) -> np.float32:
     """What the file has added to each number of a weight."""
     row = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
     plain = place.module == "linear_attn.norm" or not place.module.endswith("norm")
+    plain = plain or place.tensor.endswith(".bias")
     return np.float32(0 if plain else row.added)
 
 

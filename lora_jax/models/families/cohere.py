@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax.models.dialect import SHARED, Dialect, check_fixed, read_windows, write_windows
 
 _PERIOD = 4  # every fourth block has no window
-_FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale")
+_FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale", "use_qk_norm")
 _DEFAULTS = {
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.0625,
@@ -32,7 +32,6 @@ _FIXED = {
     "use_gated_activation": True,
     "use_parallel_block": True,
     "use_parallel_embedding": True,
-    "use_qk_norm": False,
 }
 
 
@@ -59,7 +58,18 @@ def _write(config: Any) -> dict[str, Any]:
     }
 
 
+def _read1(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # Command R+ normalizes queries and keys.
+    normed = bool(raw.get("use_qk_norm", False))
+    return {**_read(raw), "qk_norm": normed, "qk_norm_by_head": normed}
+
+
+def _write1(config: Any) -> dict[str, Any]:
+    return {**_write(config), "use_qk_norm": config.qk_norm}
+
+
 def _read2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {"use_qk_norm": False})
     windows = read_windows(raw, raw["sliding_window_pattern"])
     return {**_read(raw), **windows, "rope_layers": windows["sliding_layers"]}
 
@@ -71,8 +81,8 @@ def _write2(config: Any) -> dict[str, Any]:
 COHERE = Dialect(
     architecture="CohereForCausalLM",
     fields=(*_FIELDS, *_FIXED),
-    read=_read,
-    write=_write,
+    read=_read1,
+    write=_write1,
     defaults={**_DEFAULTS, "rope_theta": 5e5},
 )
 

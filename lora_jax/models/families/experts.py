@@ -1,17 +1,18 @@
-"""Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE: decoders whose MLPs are mixtures of experts.
+"""Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and FlexOlmo: decoders whose MLPs are mixtures of experts.
 
 Mixtral is Mistral with experts, Qwen3-MoE is Qwen3 with experts, and Qwen2-MoE Qwen2 with experts
 and an MLP that every token uses; in both some blocks may have one MLP in their place. OLMoE
-normalizes the queries, and the keys, of all heads together.
+normalizes the queries, and the keys, of all heads together, and FlexOlmo has OLMo 2's norms else.
 
 Sources: arXiv:2401.04088, arXiv:2505.09388, arXiv:2409.02060.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import Dialect, Modules, check_fixed, read_layer_types
+from lora_jax.models.dialect import AFTER, Dialect, Modules, check_fixed, read_layer_types
 from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
@@ -148,10 +149,10 @@ def _write_qwen(config: Any) -> dict[str, Any]:
     }
 
 
-def _read_olmoe(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read_olmoe(raw: Mapping[str, Any], *, count: int) -> dict[str, Any]:
     bias = bool(raw.get("attention_bias", False))
     return {
-        **read_experts(raw, 64),
+        **read_experts(raw, count),
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
         "clip_qkv": raw.get("clip_qkv"),
         "qk_norm": True,
@@ -166,8 +167,8 @@ def _write_olmoe(config: Any) -> dict[str, Any]:
         **write_experts(config, "num_experts"),
         "intermediate_size": config.expert_size,
         "norm_topk_prob": config.norm_topk_prob,
-        "clip_qkv": config.clip_qkv,
         "attention_bias": config.qkv_bias,
+        **({} if config.clip_qkv is None else {"clip_qkv": config.clip_qkv}),
     }
 
 
@@ -231,7 +232,7 @@ QWEN3_MOE = Dialect(
 OLMOE = Dialect(
     architecture="OlmoeForCausalLM",
     fields=(*FIELDS, "attention_bias", "clip_qkv", "norm_topk_prob"),
-    read=_read_olmoe,
+    read=partial(_read_olmoe, count=64),
     write=_write_olmoe,
     names=names.EXPERTS,
     defaults={
@@ -241,5 +242,19 @@ OLMOE = Dialect(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
         "router_aux_loss_coef": 0.01,
+    },
+)
+
+FLEX_OLMO = OLMOE._replace(
+    architecture="FlexOlmoForCausalLM",
+    fields=(*FIELDS, "attention_bias", "norm_topk_prob"),
+    read=lambda raw: {**_read_olmoe(raw, count=7), "norms": AFTER},
+    defaults={
+        **OLMOE.defaults,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5e5,
+        "pad_token_id": 100277,
+        "eos_token_id": 100257,
+        "num_experts_per_tok": 5,
     },
 )

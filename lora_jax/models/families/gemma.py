@@ -15,6 +15,8 @@ from lora_jax.models.dialect import (
     BOTH,
     SLIDING,
     Dialect,
+    Norms,
+    check_fixed,
     read_two_ropes,
     read_windows,
     write_windows,
@@ -22,17 +24,19 @@ from lora_jax.models.dialect import (
 
 # Every second (Gemma 2) or sixth (Gemma 3) block has no window.
 _PERIOD_2, _PERIOD_3 = 2, 6
+# VaultGemma has Gemma 2's norms without those after attention and MLP.
+_VAULT_NORMS = Norms("input_layernorm", None, "pre_feedforward_layernorm", None)
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _read_gemma(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if raw.get("hidden_activation") not in (None, *_TANH):
-        raise ValueError(
-            f"config: `hidden_activation` `{raw['hidden_activation']}` is not supported, only "
-            "`gelu_pytorch_tanh`"
-        )
     bias = bool(raw.get("attention_bias", False))
     return {"norm_offset": True, "scale_embeddings": True, "qkv_bias": bias, "o_bias": bias}
+
+
+def _read_gemma1(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {"hidden_activation": TANH})
+    return _read_gemma(raw)
 
 
 def _write_gemma(config: Any) -> dict[str, Any]:
@@ -49,6 +53,8 @@ def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers has the field, and leaves it out of its attention.
+    check_fixed(raw, {"attn_logit_softcapping": None})
     windows = read_windows(raw, raw["sliding_window_pattern"])
     if windows["sliding_window"] is None and any(windows["sliding_layers"]):
         # They would attend to all tokens, but with the rotary base of the sliding blocks.
@@ -70,10 +76,7 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
 
 # The first Gemma checkpoints have "gelu" in config.json but are trained with the tanh
 # approximation; transformers corrects it in the same way.
-_TANH: Mapping[str, str] = dict.fromkeys(
-    ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
-)
-TANH_ONLY: Mapping[str, str] = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh")
+TANH = "gelu_pytorch_tanh"
 _DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
@@ -94,10 +97,11 @@ _DEFAULTS_2 = {
 GEMMA = Dialect(
     architecture="GemmaForCausalLM",
     fields=("attention_bias", "hidden_activation"),
-    read=_read_gemma,
+    read=_read_gemma1,
     write=_write_gemma,
     defaults={**_DEFAULTS, "num_key_value_heads": 16},
-    activations=_TANH,
+    act=TANH,
+    renamed_acts={"gelu": TANH},
 )
 GEMMA2 = Dialect(
     architecture="Gemma2ForCausalLM",
@@ -106,7 +110,11 @@ GEMMA2 = Dialect(
     write=_write_gemma2,
     defaults={**_DEFAULTS_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     activation="hidden_activation",
-    activations=TANH_ONLY,
+    act=TANH,
+)
+VAULTGEMMA = GEMMA2._replace(
+    architecture="VaultGemmaForCausalLM",
+    read=lambda raw: {**_read_gemma2(raw), "norms": _VAULT_NORMS},
 )
 GEMMA3 = Dialect(
     architecture="Gemma3ForCausalLM",
@@ -127,6 +135,6 @@ GEMMA3 = Dialect(
         "sliding_window_pattern": _PERIOD_3,
     },
     activation="hidden_activation",
-    activations=TANH_ONLY,
+    act=TANH,
     rope=read_two_ropes,
 )

@@ -22,7 +22,7 @@ from lora_jax.models.dialect import (
     read_two_ropes,
     write_windows,
 )
-from lora_jax.models.families.gemma import TANH_ONLY
+from lora_jax.models.families.gemma import TANH
 from lora_jax.models.rope import scaling_to_hf
 
 _PERIOD = 6  # by default every sixth block has no window
@@ -162,7 +162,7 @@ GEMMA4 = Dialect(
         "num_kv_shared_layers": 0, "sliding_window": _WINDOW, "use_double_wide_mlp": False,
     },
     activation="hidden_activation",
-    activations=TANH_ONLY,
+    act=TANH,
     rope=lambda given: read_two_ropes(
         {**given, "rope_parameters": given.get("rope_parameters") or _ROPES}
     ),

@@ -15,7 +15,7 @@ from lora_jax.hf.checkpoint import names
 from lora_jax.models.dialect import PART, Dialect, Routing, check_fixed, read_partial_rope
 from lora_jax.models.families.experts import experts_per_token
 
-_RANKS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+RANKS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Layers that are not loaded, how a model was trained and is served, and what has one value.
 _OTHERS = (
     "ep_size", "moe_layer_freq", "num_mtp_layers", "num_nextn_predict_layers",
@@ -29,7 +29,8 @@ FIELDS = (
 _FIXED = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
-def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
+def read_grouped(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of experts that sigmoids choose."""
     check_fixed(raw, _FIXED)
     return _read_any(raw, Routing(raw["n_group"], raw["topk_group"], _scale(raw)))
 
@@ -65,7 +66,8 @@ def _read_any(raw: Mapping[str, Any], routing: Routing) -> dict[str, Any]:
     }
 
 
-def _write(config: Any) -> dict[str, Any]:
+def write_grouped(config: Any) -> dict[str, Any]:
+    """The reverse of `read_grouped`."""
     return {
         "attention_bias": config.qkv_bias,
         "first_k_dense_replace": sum(config.dense),
@@ -82,14 +84,19 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 def _read_glm(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_read(raw), "qk_norm": bool(raw["use_qk_norm"])}
+    return {**read_grouped(raw), "qk_norm": bool(raw["use_qk_norm"])}
 
 
 def _write_glm(config: Any) -> dict[str, Any]:
-    return {**_write(config), "use_qk_norm": config.qk_norm, PART: config.partial_rotary_factor}
+    return {
+        **write_grouped(config),
+        "use_qk_norm": config.qk_norm,
+        PART: config.partial_rotary_factor,
+    }
 
 
-def _read_latent(raw: Mapping[str, Any]) -> dict[str, Any]:
+def read_latent(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of attention over latent vectors."""
     turned, plain, values = (raw[f"{n}_head_dim"] for n in ("qk_rope", "qk_nope", "v"))
     heads = raw["num_attention_heads"]
     if values > turned + plain:
@@ -100,7 +107,7 @@ def _read_latent(raw: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": turned + plain,
         "attention_multiplier": (turned + plain) ** -0.5 * _temperature(raw) ** 2,
         "rope_interleaved": bool(raw["rope_interleave"]),
-        **{name: raw[name] for name in _RANKS if name != "qk_nope_head_dim"},
+        **{name: raw[name] for name in RANKS if name != "qk_nope_head_dim"},
     }
 
 
@@ -113,11 +120,11 @@ def _read_v2(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
     groups, chosen = kinds[raw["topk_method"]]
     routing = Routing(groups, chosen, _scale(raw), softmax=True)
-    return {**_read_any(raw, routing), **_read_latent({**raw, "rope_interleave": True})}
+    return {**_read_any(raw, routing), **read_latent({**raw, "rope_interleave": True})}
 
 
 def _read_v3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_read_latent(raw), **_read(raw)}
+    return {**read_latent(raw), **read_grouped(raw)}
 
 
 def _temperature(raw: Mapping[str, Any]) -> float:
@@ -127,10 +134,10 @@ def _temperature(raw: Mapping[str, Any]) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _write_latent(config: Any) -> dict[str, Any]:
+def write_latent(config: Any) -> dict[str, Any]:
+    """The reverse of `read_latent`."""
     return {
-        **_write(config),
-        **{name: getattr(config, name) for name in _RANKS if name != "qk_nope_head_dim"},
+        **{name: getattr(config, name) for name in RANKS if name != "qk_nope_head_dim"},
         "qk_nope_head_dim": config.head_dim - config.rotary_dim,
         "head_dim": config.rotary_dim,
     }
@@ -138,11 +145,13 @@ def _write_latent(config: Any) -> dict[str, Any]:
 
 def _write_v2(config: Any) -> dict[str, Any]:
     grouped = config.routing.groups > 1
-    return {**_write_latent(config), "topk_method": "group_limited_greedy" if grouped else "greedy"}
+    written = {**write_grouped(config), **write_latent(config)}
+    return {**written, "topk_method": "group_limited_greedy" if grouped else "greedy"}
 
 
 def _write_v3(config: Any) -> dict[str, Any]:
-    return {**_write_latent(config), "rope_interleave": config.rope_interleaved}
+    written = {**write_grouped(config), **write_latent(config)}
+    return {**written, "rope_interleave": config.rope_interleaved}
 
 
 def _write_lite(config: Any) -> dict[str, Any]:
@@ -167,7 +176,7 @@ GLM4_MOE = Dialect(
 )  # fmt: skip
 DEEPSEEK_V2 = Dialect(
     architecture="DeepseekV2ForCausalLM",
-    fields=(*FIELDS, *_RANKS, "qk_head_dim"),
+    fields=(*FIELDS, *RANKS, "qk_head_dim"),
     read=_read_v2,
     write=_write_v2,
     names=names.EXPERTS,
@@ -181,7 +190,7 @@ DEEPSEEK_V2 = Dialect(
 )  # fmt: skip
 GLM4_MOE_LITE = Dialect(
     architecture="Glm4MoeLiteForCausalLM",
-    fields=(*FIELDS, *_RANKS, PART, "mlp_layer_types", "qk_head_dim", "rope_interleave"),
+    fields=(*FIELDS, *RANKS, PART, "mlp_layer_types", "qk_head_dim", "rope_interleave"),
     read=_read_v3,
     write=_write_lite,
     names=names.GROUPED,
@@ -195,7 +204,7 @@ GLM4_MOE_LITE = Dialect(
 )  # fmt: skip
 DEEPSEEK_V3 = Dialect(
     architecture="DeepseekV3ForCausalLM",
-    fields=(*FIELDS, *_RANKS, "rope_interleave", "qk_head_dim"),
+    fields=(*FIELDS, *RANKS, "rope_interleave", "qk_head_dim"),
     read=_read_v3,
     write=_write_v3,
     names=names.GROUPED,

@@ -9,11 +9,9 @@ from typing import Any
 
 from lora_jax.models.dialect import Dialect, all_but_every, read_layer_types, write_windows
 
-_FACTORS = (
+FACTORS = (
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier",
 )  # fmt: skip
-# For training from the start; an adapter has its own dropout.
-_DROPOUT = ("attention_dropout", "residual_dropout")
 _ROTATES = ("no_rope_layers", "no_rope_layer_interval")
 
 
@@ -58,11 +56,11 @@ def _write_smollm3(config: Any) -> dict[str, Any]:
 
 
 def _read_granite(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_read_llama(raw), **{name: float(raw[name]) for name in _FACTORS}}
+    return {**_read_llama(raw), **{name: float(raw[name]) for name in FACTORS}}
 
 
 def _write_granite(config: Any) -> dict[str, Any]:
-    return {**_write_llama(config), **{name: getattr(config, name) for name in _FACTORS}}
+    return {**_write_llama(config), **{name: getattr(config, name) for name in FACTORS}}
 
 
 def _read_seed_oss(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,15 +119,15 @@ SMOLLM3 = Dialect(
 
 GRANITE = Dialect(
     architecture="GraniteForCausalLM",
-    fields=(*LLAMA.fields, *_FACTORS, *_DROPOUT),
+    fields=(*LLAMA.fields, *FACTORS),
     read=_read_granite,
     write=_write_granite,
-    defaults={**dict.fromkeys(_FACTORS, 1.0), "bos_token_id": 1, "eos_token_id": 2},
+    defaults={**dict.fromkeys(FACTORS, 1.0), "bos_token_id": 1, "eos_token_id": 2},
 )
 
 SEED_OSS = Dialect(
     architecture="SeedOssForCausalLM",
-    fields=(*LLAMA.fields, *_DROPOUT, "attention_out_bias"),
+    fields=(*LLAMA.fields, "attention_out_bias", "residual_dropout"),
     read=_read_seed_oss,
     write=_write_seed_oss,
     defaults={
@@ -149,5 +147,5 @@ ARCEE = Dialect(
     read=lambda raw: {**_read_llama(raw), "gated_mlp": False},
     write=_write_llama,
     defaults={"rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001},
-    activations={"relu2": "relu2"},
+    act="relu2",
 )

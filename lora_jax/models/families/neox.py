@@ -24,17 +24,18 @@ from lora_jax.models.dialect import (
 )
 
 # For training from the start; an adapter has its own dropout.
-_DROPOUT = ("attention_dropout", "hidden_dropout", "classifier_dropout")
-_DROPOUT_PHI = ("attention_dropout", "embd_pdrop", "resid_pdrop")
+_DROPOUT = ("hidden_dropout", "classifier_dropout")
+_DROPOUT_PHI = ("embd_pdrop", "resid_pdrop")
 # GPT-NeoX's names, and those of the other families.
 _ROTARY = {"rotary_pct": PART, "rotary_emb_base": "rope_theta"}
 _NEOX = Modules(
     decoder="gpt_neox", table="embed_in", attention="attention", fused="query_key_value",
     output="dense", up="dense_h_to_4h", down="dense_4h_to_h", last_norm="final_layer_norm",
 )  # fmt: skip
-_PHI = Modules(output="dense", up="fc1", down="fc2", last_norm="final_layernorm")
-# Later models of the family differ from the first in it.
-_GELU = {name: name for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")}
+_PHI = Modules(
+    output="dense", up="fc1", down="fc2", last_norm="final_layernorm", q_norm="q_layernorm",
+    k_norm="k_layernorm",
+)  # fmt: skip
 
 
 def _read(raw: Mapping[str, Any], *, bias: bool) -> dict[str, Any]:
@@ -75,10 +76,11 @@ def _read_neox_rope(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_phi(raw: Mapping[str, Any]) -> dict[str, Any]:
-    check_fixed(raw, {"qk_layernorm": False, "tie_word_embeddings": False})
+    check_fixed(raw, {"tie_word_embeddings": False})
     return {
         **_read(raw, bias=True),
         "modules": _PHI,
+        "qk_norm": bool(raw["qk_layernorm"]),
         "norms": SHARED,
         "parallel_mlp": True,
         "head_bias": True,
@@ -86,7 +88,11 @@ def _read_phi(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_phi(config: Any) -> dict[str, Any]:
-    return {"layer_norm_eps": config.rms_norm_eps, PART: config.partial_rotary_factor}
+    return {
+        "layer_norm_eps": config.rms_norm_eps,
+        "qk_layernorm": config.qk_norm,
+        PART: config.partial_rotary_factor,
+    }
 
 
 GPT_NEOX = Dialect(
@@ -101,7 +107,7 @@ GPT_NEOX = Dialect(
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
-    activations={**_GELU, "gelu_fast": "gelu_new"},
+    act="gelu",
     rope=_read_neox_rope,
     names=names.NEOX,
 )
@@ -111,7 +117,7 @@ PHI = Dialect(
     fields=(*_DROPOUT_PHI, PART, "layer_norm_eps", "qk_layernorm"),
     read=_read_phi,
     write=_write_phi,
-    defaults={"layer_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2},
-    activations={"gelu_new": "gelu_new", **_GELU},
+    defaults={"layer_norm_eps": 1e-5, "qk_layernorm": False, "bos_token_id": 1, "eos_token_id": 2},
+    act="gelu_new",
     rope=partial(read_partial_rope, share=0.5),
 )

@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = (
     "scale_attention_softmax_in_fp32",
 )  # fmt: skip
 # For training from the start; an adapter has its own dropout.
-_DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
+_DROPOUT = ("embedding_dropout", "residual_dropout")
 # With the one value that the forward has.
 _FIXED = {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}
 
@@ -71,15 +71,17 @@ STARCODER2 = Dialect(
         "bos_token_id": 50256,
         "eos_token_id": 50256,
     },
-    activations={"gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "gelu_new": "gelu_new"},
+    act="gelu_pytorch_tanh",
     names=names.STARCODER2,
 )  # fmt: skip
 
 
 def _read_stablelm(raw: Mapping[str, Any]) -> dict[str, Any]:
-    check_fixed(raw, {"qk_layernorm": False})
-    parallel = bool(raw["use_parallel_residual"])
+    parallel, normed = bool(raw["use_parallel_residual"]), bool(raw["qk_layernorm"])
     return {
+        "modules": Modules(q_norm="q_layernorm", k_norm="k_layernorm", head_norms_numbered=True),
+        "qk_norm": normed,
+        "qk_norm_by_head": normed,
         **layer_norms(raw["layer_norm_eps"]),
         "parallel_mlp": parallel,
         "norms": SHARED if parallel else BEFORE,
@@ -90,6 +92,7 @@ def _read_stablelm(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _write_stablelm(config: Any) -> dict[str, Any]:
     return {
         "layer_norm_eps": config.rms_norm_eps,
+        "qk_layernorm": config.qk_norm,
         "use_parallel_residual": config.parallel_mlp,
         "use_qkv_bias": config.qkv_bias,
         PART: config.partial_rotary_factor,
@@ -99,13 +102,14 @@ def _write_stablelm(config: Any) -> dict[str, Any]:
 STABLELM = Dialect(
     architecture="StableLmForCausalLM",
     fields=(
-        "attention_dropout", "hidden_dropout", "layer_norm_eps", PART, "qk_layernorm",
+        "hidden_dropout", "layer_norm_eps", PART, "qk_layernorm",
         "use_parallel_residual", "use_qkv_bias",
     ),
     read=_read_stablelm,
     write=_write_stablelm,
     defaults={
         "layer_norm_eps": 1e-5,
+        "qk_layernorm": False,
         "use_parallel_residual": False,
         "use_qkv_bias": False,
         "num_key_value_heads": 32,
@@ -113,4 +117,5 @@ STABLELM = Dialect(
         "eos_token_id": 0,
     },
     rope=partial(read_partial_rope, share=0.25),
+    names=names.STABLELM,
 )  # fmt: skip

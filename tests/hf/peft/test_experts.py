@@ -96,6 +96,7 @@ FAMILIES: dict[str, Any] = {
         first_k_dense_replace=1,
     ),
     "glm4_moe_lite": dict(GROUPS, model_type="glm4_moe_lite"),
+    "flex_olmo": dict(SIZES, model_type="flex_olmo", num_experts=3),
     "qwen3_next": dict(
         {**SIZES, **DELTA},
         model_type="qwen3_next",
@@ -196,6 +197,25 @@ def test_pefts_adapter_here_and_back(family, case, saved, tmp_path):
         assert_same_files(theirs, ours)
     again, _ = load_peft(ours, base.apply, base.params, TOKENS, model_type=family)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama4_text", "qwen3_5_moe_text"])
+def test_names_of_an_mlp_beside_experts_are_not_theirs(family, saved, tmp_path):
+    """PEFT has no modules for the experts of these families, whatever its config names."""
+    there, directory = saved(family)
+    base = lora.models.load(directory)
+    fields = {"r": 2, "target_modules": ["o_proj", "down_proj"], "use_dora": True}
+    want = peft_wrote(
+        f"{PLACE}/{family}/beside experts",
+        tmp_path / "a",
+        lambda: copy.deepcopy(there()),
+        {"task_type": "CAUSAL_LM", **fields},
+        torch_logits,
+    )
+    params, config = load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type=family)
+    assert config.exclude_modules == r".*\.experts\..*"
+    close(jax_logits(base.apply, params, strict=True), want)
 
 
 @pytest.mark.parametrize("family, case", rows(OURS, [("qwen3_moe", "all-linear")]))

@@ -15,7 +15,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
-from tests.support.decoders import DELTA
+from tests.support.decoders import DELTA, LATENT
 from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("
 
 PLACE = "hf/peft/families"
 
+MLA = {name: x for name, x in LATENT.items() if "expert" not in name}
 FAMILIES = {
     "mistral": dict(
         ADAPTED_SIZES, model_type="mistral", sliding_window=4, tie_word_embeddings=False
@@ -64,6 +65,14 @@ FAMILIES = {
         rotary_pct=0.5,
     ),
     "phi": dict(ADAPTED_SIZES, model_type="phi"),
+    "cwm": dict(ADAPTED_SIZES, model_type="cwm", head_dim=8, sliding_window=4),
+    "hyperclovax": dict(ADAPTED_SIZES, model_type="hyperclovax", residual_multiplier=0.5),
+    "internlm3": dict(ADAPTED_SIZES, model_type="internlm3", head_dim=8),
+    "iquestcoder": dict(ADAPTED_SIZES, model_type="iquestcoder", head_dim=8),
+    "jais2": dict(ADAPTED_SIZES, model_type="jais2"),
+    "ministral3": dict(ADAPTED_SIZES, model_type="ministral3", head_dim=8),
+    "nemotron": dict(ADAPTED_SIZES, model_type="nemotron", head_dim=8),
+    "youtu": dict({**ADAPTED_SIZES, **MLA, "pad_token_id": None}, model_type="youtu"),
     "qwen3_5_text": dict({**ADAPTED_SIZES, **DELTA}, model_type="qwen3_5_text"),
     # Shared keys, and vectors of each token for each block.
     "gemma4": dict(
@@ -114,6 +123,14 @@ LATER = (
     "qwen3_5_text",
     "gemma4",
     "llama4",
+    "cwm",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jais2",
+    "ministral3",
+    "nemotron",
+    "youtu",
 )
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
@@ -130,6 +147,7 @@ MODULES = {
     "phi": ("q_proj", "fc2", "embed_tokens", "input_layernorm"),
     "llama4": ("q_proj", "shared_expert.down_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
+    "youtu": ("kv_b_proj", "down_proj", "embed_tokens", "post_attention_layernorm"),
 }
 # PEFT cannot run an adapter of Llama 4's router, which returns two results.
 EXPERTS = ("router", r"gate_up_proj", r"experts.down_proj")
