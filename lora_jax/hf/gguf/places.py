@@ -55,7 +55,7 @@ def places_of(file: Gguf) -> dict[str, Place]:
             found[f"{start}{odd}"] = Place(name, odd)
             continue
         if module is None or ending not in ("weight", "bias"):
-            where = f"no place in the architecture `{kind}`"
+            where = f"no place in a decoder of the architecture `{kind}`"
             raise ValueError(f"{file.path}: tensor `{name}` has {where}")
         if (experts := re.fullmatch(r"((?:.+\.)?experts)\.(\w+)", module)) and len(
             tensor.shape
