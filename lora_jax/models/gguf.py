@@ -39,6 +39,8 @@ _NUMBERS = (
     "rope.freq_base", "rope.scaling.factor", "rope.scaling.original_context_length",
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 )  # fmt: skip
+# Far more than any model has; lists of so many are made.
+_MOST_BLOCKS = 10_000
 _UNDERSTOOD = frozenset(
     {
         *_SIZES,
@@ -186,6 +188,10 @@ def _check(
     for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
         if type(facts.get(key, 1)) is not int and not isinstance(facts[key], list):
             raise ValueError(f"{path}: `{key}` must be a whole number, got {facts[key]!r}")
+    if isinstance(blocks := facts.get("block_count"), int) and blocks > _MOST_BLOCKS:
+        raise ValueError(
+            f"{path}: `block_count` is {blocks}, above {_MOST_BLOCKS:,}: a broken file"
+        )
     for key in (*_NUMBERS, *keys):
         if not isinstance(facts.get(key, 1), int | float):
             raise ValueError(f"{path}: `{key}` must be a number, got {facts[key]!r}")

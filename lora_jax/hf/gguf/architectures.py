@@ -149,11 +149,11 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         "llama", others=(*_NORMS, *_MIXTRAL), experts="mlp.experts", permuted=True, keys=_RMS
     ),
     "qwen2": GgufArchitecture("qwen2", keys=_RMS),
+    "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
     # Decoders of images and texts.
     "mistral3": GgufArchitecture("mistral3", permuted=True),
     "qwen2vl": GgufArchitecture("qwen2_vl"),
     "qwen3vl": GgufArchitecture("qwen3_vl", others=(*_NORMS, *_QK_NORMS)),
-    "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
     "qwen2moe": GgufArchitecture(
         "qwen2_moe", (*_ATTENTION, *_SHARED), (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
         experts="mlp.experts", keys=_SHARED_KEYS, fixed={**_SPARSE, "norm_topk_prob": False},
