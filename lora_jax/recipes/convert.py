@@ -138,7 +138,8 @@ def convert(
         the adapter.
       OSError: it cannot be written.
     """
-    # It reads tensors' files, which the help of the command need not.
+    # They read tensors' files, which the help of the command need not.
+    from lora_jax.hf.peft.base_names import BASE_NAME, warn_of_name
     from lora_jax.recipes.forms import carry_form
 
     _check_target(to, CONVERTED, dtype)
@@ -152,7 +153,9 @@ def convert(
         )
     known = None if base is None else hf.read_base(_local(str(base)))
     assert given.read is not None and wanted.write is not None
-    wanted.write(given.read(source, known), output, base=known, dtype=dtype)
+    content = given.read(source, known)
+    warn_of_name(content.config.extra.get(BASE_NAME), base, str(source))
+    wanted.write(content, output, base=known, dtype=dtype)
     carry_form(source, output)
 
 

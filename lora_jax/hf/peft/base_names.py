@@ -2,7 +2,8 @@
 
 Adapters of a chat model load without an error over its base model, and outputs are wrong. Names are
 weak evidence: mirrors, quantized copies and folders of one's own differ from the hub id and are the
-same model. So only what a name says for sure counts, and other names pass.
+same model. So only what a name says for sure counts, and other names pass. Of directories that are
+there, the types of their models count too.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from lora_jax.config.lora import LoraConfig
+from lora_jax.files import read_object
 from lora_jax.hf.hub import is_hub_id
 
 BASE_NAME = "base_model_name_or_path"
@@ -70,7 +72,10 @@ def warn_of_name(trained: str | None, loaded: str | os.PathLike | None, source: 
         # Absolute, it is no hub id; and "." has a name.
         place = str(Path(place).absolute())
     there, here = _named(trained or ""), _named(place)
-    if there is None or here is None or not _differ(there, here):
+    differ = there is not None and here is not None and _differ(there, here)
+    # Both may lie here, and say more than their names.
+    kinds = _model_type(trained or ""), _model_type(place)
+    if not differ and (None in kinds or kinds[0] == kinds[1]):
         return
     warnings.warn(
         f"{source}: the adapter names the base `{trained}`, and `{_spelled(place)}` is "
@@ -78,6 +83,14 @@ def warn_of_name(trained: str | None, loaded: str | os.PathLike | None, source: 
         "weights; load the base that it names",
         stacklevel=3,
     )
+
+
+def _model_type(place: str) -> str | None:
+    """What the config.json of a directory says; None where there is none."""
+    try:
+        return read_object(Path(place) / "config.json").get("model_type")
+    except (OSError, ValueError):
+        return None
 
 
 def _spelled(name: str) -> str:

@@ -105,6 +105,16 @@ def _spellings(place):
     return [place and Path(place), place, *(["/".join(cached.groups())] if cached else [])]
 
 
+def test_directories_of_other_kinds_of_models_are_said(tmp_path):
+    for name, kind in (("a", "qwen3"), ("b", "llama"), ("c", "qwen3")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.warns(UserWarning, match="and `b` is loaded, whose shapes fit too"):
+        warn_of_name(str(tmp_path / "a"), tmp_path / "b", "adapter")
+    warn_of_name(str(tmp_path / "a"), tmp_path / "c", "adapter")
+    warn_of_name(str(tmp_path / "gone"), tmp_path / "b", "adapter")
+
+
 def test_load_peft_takes_the_base(tmp_path):
     def model(params, x):
         return x @ params["up"]["kernel"]
