@@ -93,6 +93,15 @@ class GgufArchitecture(NamedTuple):
         apart = next(module for module in self.others if ".experts." in f".{module}")
         return f"{apart.rpartition('.')[0]}.gate_up_proj"
 
+    @property
+    def routers(self) -> dict[str, str]:
+        """A block's modules that weigh experts and may carry an adapter -> llama.cpp's names."""
+        found = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
+        routers = {name: theirs for name, theirs in found.items() if name in self.others}
+        if any(name.endswith(".gate") for name in self.others):
+            routers["mlp.gate"] = "ffn_gate_inp"
+        return routers
+
 
 FUSED = "ffn_gate_up_exps"
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}

@@ -49,7 +49,7 @@ LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileType
 HUB = "https://huggingface.co/"
-_MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
+_MERGE = "merge the adapter into the model (`lora.merge`) and convert the merged model instead"
 
 
 class Content(NamedTuple):

@@ -172,8 +172,8 @@ def gguf_names(base: Base) -> dict[str, str]:
     """
     row, table = base.row, their_names(base.architecture)
     names = {module: table[module] for module in row.outer[:2] if module in table}
-    for module in row.linears:
-        theirs = table[module]
+    blocks = {module: table[module] for module in row.linears} | row.routers
+    for module, theirs in blocks.items():
         names |= {f"{row.stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(base.layers)}
     for block in range(base.layers):
         names |= expert_names(row, block)

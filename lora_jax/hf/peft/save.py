@@ -101,7 +101,7 @@ def content_of(
     if base_change(config.init) == "unrepeatable":
         raise ValueError(
             f'lora_params: their start, init="{config.init}", changed the base weights in a way '
-            "that a reader of the adapter cannot repeat; save the merged model (lora_jax.merge) "
+            "that a reader of the adapter cannot repeat; save the merged model (`lora.merge`) "
             "instead"
         )
     if not any(row.rank for rows in index.rows.values() for row in rows):

@@ -169,7 +169,7 @@ def _layouts(row: IndexRow) -> dict[Part, _Layout]:
         raise ValueError(
             f"leaf `{row.path}` is the kernel of a convolution with {leaf.window.groups} groups, "
             "whose adapter PEFT makes otherwise: its A mixes the channels of all groups, which no "
-            "change of this kernel can; exclude it, or merge the adapter (lora_jax.merge)"
+            "change of this kernel can; exclude it, or merge the adapter (`lora.merge`)"
         )
     ones = (1,) * len(window)
     spatial = tuple(leaf.shape[d] for d in leaf.window.dims)

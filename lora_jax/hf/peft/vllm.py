@@ -33,7 +33,7 @@ _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 TOGETHER = ("gpt_oss", "qwen3_5_moe")
 # A part of a module's name -> models of it, which neither vLLM nor MLX serves.
 _ELSEWHERE = {"DenseReluDense": "T5", "SelfAttention": "T5", "EncDecAttention": "T5", "vit": "ViT"}
-_INSTEAD = "merge the adapter into the model (lora_jax.merge) and serve the merged model instead"
+_INSTEAD = "merge the adapter into the model (`lora.merge`) and serve the merged model instead"
 
 
 class _Pair(NamedTuple):
@@ -208,7 +208,7 @@ def _check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str)
         if any(f".{part}." in name for name in tensors):
             raise ValueError(
                 f"{reader} serves no {what}: keep the adapter for PEFT, or merge it into the model "
-                "(lora_jax.merge) for transformers"
+                "(`lora.merge`) for transformers"
             )
 
 

@@ -1,5 +1,6 @@
 """GGUF bases of many families, written under the gguf package's names as the converter does."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -114,6 +115,31 @@ def test_adapters_of_experts_are_those_of_their_tensors(family, tmp_path):
         changed = read_tensor(file, weight) + scale * (b @ a) / by
         np.testing.assert_allclose(changed, theirs[weight], rtol=1e-5, atol=1e-5)
     assert a.shape[:2] == (4, 2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+    "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text",
+))])  # fmt: skip
+def test_adapters_of_routers_are_those_of_their_tensors(family, tmp_path):
+    """llama.cpp multiplies with a router as with every weight, by its `build_lora_mm`."""
+    shared = family.startswith(("qwen2", "qwen3_n", "qwen3_5"))
+    config = config_with(target_modules=("o_proj", "mlp.gate"))
+    if shared:
+        config = dataclasses.replace(
+            config,
+            target_modules=(*config.target_modules, "shared_expert_gate"),
+            rank_pattern={"shared_expert_gate": 1},
+        )
+    file, adapter, theirs = exported(tmp_path, family, config)
+    for name in ("inp", *(("inp_shexp",) if shared else ())):
+        weight = f"blk.1.ffn_gate_{name}.weight"
+        a, b = (read_tensor(adapter, f"{weight}.lora_{x}") for x in "ab")
+        change = adapter.metadata["adapter.lora.alpha"] / b.shape[1] * (b @ a)
+        assert np.abs(change).max() > 1e-3
+        own = read_tensor(file, weight)
+        np.testing.assert_allclose(
+            own + change.reshape(own.shape), theirs[weight].reshape(own.shape), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
