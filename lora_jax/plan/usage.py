@@ -351,8 +351,12 @@ def _consumption(
     axes = dims.contracted(eqn, k)
     if axes is not None and axes[0]:  # a product that sums nothing scales the weight
         fed = fed_by(others)
-        # Looked-up rows times a constant matrix are still a table's rows.
+        # Looked-up rows times a constant matrix are a table's still. Those that features meet may
+        # be columns of a head: a contraction elsewhere decides.
         if track.lookup >= 0 and (not fed or are_vectors(found, eqn, k, track)):
+            uses, dims_of = found.uses[track.leaf], [track.dims[i] for i in axes[0]]
+            if fed and any(d and not d <= uses[track.lookup].contracted for d in dims_of):
+                uses[track.lookup] = dataclasses.replace(uses[track.lookup], kind="rows")
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.

@@ -377,3 +377,21 @@ def test_layers_to_transform_that_are_not_found(tree, text):
 )  # fmt: skip
 def test_layers_to_transform_of_nested_lists(tree, fields, path):
     assert [leaf.path for leaf in _of_layers(tree, **fields).adapted] == [path]
+
+
+def test_a_head_whose_columns_are_looked_up_too_is_no_table():
+    """The logits of a loss, some at a time, less the label's."""
+
+    def loss(p, x, labels):
+        logits = jnp.stack([x @ p["head"][:, i : i + 4] for i in (0, 4)])
+        return logits.sum() - jnp.einsum("bd,db->b", x, p["head"][:, labels]).sum()
+
+    def items(p, x, ids):
+        return jnp.einsum("bd,bd->b", x, p["items"][ids])
+
+    ids = shaped(3, dtype="int32")
+    head = lora.plan(lora.LoraConfig(rank=2, target_modules=("head",)), loss,
+                     {"head": shaped(6, 8)}, shaped(3, 6), ids)  # fmt: skip
+    table = lora.plan(lora.LoraConfig(rank=2, target_modules=("items",)), items,
+                      {"items": shaped(9, 6)}, shaped(3, 6), ids)  # fmt: skip
+    assert [leaf.lookup for leaf in (*head.adapted, *table.adapted)] == [False, True]

@@ -203,7 +203,7 @@ def test_an_array_that_a_function_closes_over_is_data_where_it_has_no_arguments(
         (
             lambda p, ids: jnp.einsum("btd,bd->bt", p[0][ids], jnp.tile(ids, 2)[:, :8] * 0.5),
             (11, 8),
-            "lookup",
+            "rows",
         ),
         # Rows that a vector of gains multiplies, by an einsum that sums nothing.
         (lambda p, ids: jnp.einsum("btd,d->btd", p[0][ids], jnp.arange(8.0)), (11, 8), "lookup"),
