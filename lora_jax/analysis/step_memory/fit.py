@@ -6,14 +6,20 @@ import functools
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
+from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory.estimate import GIB, MemoryEstimate, estimate, in_units
+from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
-from lora_jax.analysis.step_memory.step import StepSettings
+from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.remat import remat_name
+from lora_jax.models.sharding import RULES
+from lora_jax.sharding import partition_specs, placed_specs
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -193,33 +199,42 @@ def _devices(
     """The fewest devices along `fsdp` that fit the step, each with at least one row.
 
     Returns:
-      The estimate with them; where none fit, that with the most; None where the model cannot be
-      divided.
+      The estimate with them; where none fit, that with the most; None where more devices hold no
+      less.
     """
 
     @functools.cache
-    def on(count: int) -> MemoryEstimate | None:
+    def on(count: int) -> MemoryEstimate:
         mesh = {**settings.mesh, "fsdp": count}
         rows = mesh["data"] * count
         batch = -(-settings.batch // rows) * rows  # rounded up to whole rows of every device
-        # Where `fsdp` divides no dim of some matrix, nor does any multiple of it.
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="every device holds all of")
-            try:
-                return estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
-            except UserWarning:
-                return None
+            # What is left whole here is counted.
+            warnings.filterwarnings("ignore", message="every device holds all of")
+            return estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
 
-    first = 2 * settings.mesh["fsdp"]
-    counts = [first << i for i in range((_MOST_DEVICES // first).bit_length())]
-    while counts and on(counts[-1]) is None:
-        del counts[-1]
-
+    least, counts, held = settings.mesh["fsdp"], [], _held(config, settings)
+    # Where `fsdp` divides no dim of a large matrix, each device holds more than with fewer.
+    for count in [least << i for i in range(1, (_MOST_DEVICES // least).bit_length())]:
+        if held(count) < held(least):
+            counts, least = [*counts, count], count
     # The more devices, the less each holds: an estimate takes half a second, so few are made.
-    def enough(count: int) -> bool:
-        one = on(count)
-        return one is not None and one.fits(device_memory)
+    if not counts or not on(counts[-1]).fits(device_memory):
+        return on(counts[-1]) if counts else None
+    first = bisect.bisect_left(counts, True, key=lambda count: on(count).fits(device_memory))
+    return on(counts[first])
 
-    if counts and enough(counts[-1]):
-        return on(counts[bisect.bisect_left(counts, True, key=enough)])
-    return on(counts[-1]) if counts else None
+
+def _held(config: Any, settings: StepSettings) -> Callable[[int], int]:
+    """Bytes of the base on each device, by the number of devices along `fsdp`."""
+    one = dataclasses.replace(settings, mesh={}, batch=1, length=1)
+    base = abstract_step(config, one).base
+
+    @functools.cache
+    def held(count: int) -> int:
+        mesh = {**settings.mesh, "fsdp": count}
+        specs = partition_specs(base, placed_specs(base, RULES, mesh))
+        parts = (memory_mesh.parts(spec, mesh) for spec in memory_mesh.leaves(specs))
+        return sum(whole_bytes(x) // n for x, n in zip(jax.tree.leaves(base), parts, strict=True))
+
+    return held

@@ -358,6 +358,10 @@ def test_an_axis_may_cut_a_block():
 def test_what_would_fit_is_said(monkeypatch):
     """By a model of memory that is a product: batch, twice that without rematerialization."""
 
+    # 1024 devices divide all of its matrices.
+    sizes = dict(hidden_size=2**17, intermediate_size=2**17, num_attention_heads=1024)
+    wide = {**LLAMA, **sizes, "num_key_value_heads": 1024}
+
     class Found(NamedTuple):
         model: str
         settings: StepSettings
@@ -373,7 +377,7 @@ def test_what_would_fit_is_said(monkeypatch):
 
     def lines(limit: int, **settings) -> list[str]:
         found: Any = Found("m", StepSettings(**settings))
-        return fit.remedies(LLAMA, found, limit * GIB)
+        return fit.remedies(wide, found, limit * GIB)
 
     def estimated(name: str, config: Any, settings: StepSettings) -> Any:
         tried.append(settings.mesh["fsdp"])
