@@ -167,7 +167,7 @@ REFUSED = {
     "patch": (dict(patch_size=17), r"no patch of `patch_size` \(17, 17\) fits `image_size`"),
     "size": (dict(image_size="big"), "`image_size` must be a whole number from 1"),
     "sizes": (dict(image_size=[1, 2, 3]), "must be a number or height and width, got"),
-    "act": (dict(hidden_act="mish"), "hidden_act `mish` is not one of silu"),
+    "act": (dict(hidden_act="laplace"), "hidden_act `laplace` is not one of silu"),
 }
 
 

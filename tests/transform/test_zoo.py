@@ -239,10 +239,8 @@ def _modulated(p, x):
 def test_kernel_modulated_for_each_example():
     params = {"w": normal(1, 3, 3, 4, 6), "out": normal(2, 12, 5)}
     x = features(2, 5, 5, 4)
-    assert planned(_modulated, params, x) == {"out": "io"}
-    with pytest.raises(ValueError, match="entry .w. adapts nothing .*only `mul`"):
-        lora.plan(_config(target_modules=("w",)), _modulated, params, x)
-    plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",), roles={"w": "iiio"})
+    assert planned(_modulated, params, x) == {"out": "io", "w": "iiio"}
+    plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",))
     assert "mixes dims of roles i/o" in plan.by_path()["w"].fallbacks[0].fallback
 
 

@@ -363,7 +363,7 @@ def test_qwen_before_transformers_4_52(made, tmp_path):
         ),
         (
             "gemma3n",
-            "cannot be read: its blocks carry several streams.* nearest: `gemma3`.* name-map",
+            "cannot be read: its blocks carry several streams.* nearest: `gemma3`.*/name-map",
         ),
         (
             "idefics3",
