@@ -100,7 +100,9 @@ def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh
     )
     assert found.keys() == expected.keys()
     for name, x in expected.items():
-        assert np.linalg.norm(found[name] - x) <= 1e-5 * np.linalg.norm(x), name
+        size = np.linalg.norm(x)
+        # A bias of the scores of all tokens of a row has no gradient but rounding.
+        assert np.linalg.norm(found[name] - x) <= (1e-5 * size if size > 1e-4 else 1e-4), name
     if "merged" in job:
         save_merged(tmp_path / "one", model, tree)
         hf.save_weights(tmp_path / "one-own", lora.merge(tree), OWN)
@@ -158,7 +160,7 @@ def test_a_folder_that_holds_a_run_is_refused_by_all(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     job = {"mesh": {"fsdp": 2}, "training": {"output_dir": str(tmp_path)}}
     for text, status in start(2, 1, job):
-        assert status == 2 and "holds a run already" in text
+        assert status == 1 and "holds a run already" in text
 
 
 @pytest.mark.slow
@@ -210,7 +212,7 @@ def test_the_command_trains_in_two_processes(tmp_path):
     ("mesh", "batch", "expected"),
     [
         ("fsdp=3", 6, "`--mesh` is fsdp=3, but the number of devices is 2"),
-        ("fdsp=2", 2, "`--mesh` has no axis 'fdsp'; expected data, fsdp, tensor, context"),
+        ("fdsp=2", 2, "`--mesh` has no axis 'fdsp'; expected data, fsdp, tensor, expert, context"),
         ("fsdp=2", 3, r"`--batch-size` is 3, but its rows are spread over 2 devices \(fsdp=2\)"),
     ],
 )
