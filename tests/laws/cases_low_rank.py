@@ -13,7 +13,7 @@ from tests.laws.case import Case, features, normal
 # Closed over by the models, as masks and permutations are.
 COLUMNS = np.array([1, 0, 2, 3, 5, 4])
 ROWS = np.array([3, 1, 2, 0, 7, 6, 5, 4])
-PLACES = np.array([7, 2, 5, 1])
+PLACES = np.array([7, 2, 5, 1], np.int32)
 MASK = np.asarray(normal(50, 8, 6))
 
 
