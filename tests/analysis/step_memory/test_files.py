@@ -10,8 +10,8 @@ from lora_jax.cli import main
 from lora_jax.models.saving import save_model
 from lora_jax.train.memory import device_bytes
 
-from tests.support import quantized_files
 from tests.support.gguf_files import tensors_of, write_model
+from tests.support.quantized_files import in_groups, in_squares, tiny
 
 pytestmark = pytest.mark.once
 
@@ -27,9 +27,9 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
 def written(place, kind):
     """A model's files, quantized as `kind` says."""
     if kind == "fp8":
-        return quantized_files.tiny(place / "fp8", FP8, quantized_files.in_squares, width=256)
+        return tiny(place / "fp8", FP8, in_squares, width=256)
     if kind == "gptq":
-        return quantized_files.tiny(place / "gptq", GPTQ, quantized_files.in_groups, width=256)
+        return tiny(place / "gptq", GPTQ, in_groups, width=256)
     model = models.init(jax.random.key(0), CONFIG)
     blocks = GGMLQuantizationType.Q4_0
     return write_model(place / "q4_0.gguf", CONFIG, tensors_of(model), blocks)
