@@ -88,6 +88,11 @@ class QuantArray:
         return math.prod(self.shape)
 
     @property
+    def slab_size(self) -> int:
+        """Inputs whose codes lie in bytes of their own: a block, or a part of one."""
+        return self.slab or self.block
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are stored, scales included."""
         return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays(self))
@@ -147,7 +152,7 @@ def units(q: QuantArray) -> tuple[int, int]:
 
 def superblock(q: QuantArray) -> int:
     """Inputs whose codes share bytes."""
-    return form_of(q).rows(q.slab or q.block)
+    return form_of(q).rows(q.slab_size)
 
 
 def stored_inputs(q: QuantArray) -> int:

@@ -94,7 +94,7 @@ def choose_kernel(
         from lora_jax.quant.kernels import gpu as kernels
     else:
         from lora_jax.quant.kernels import tpu as kernels
-    form, slab = form_of(q), q.slab or q.block
+    form, slab = form_of(q), q.slab_size
     # On a CPU, where they are interpreted, XLA splits them.
     mesh = spread_mesh() if backend == "tpu" and not interpreted else None
     unsplit = "" if mesh is None or used_whole(mesh) else _UNSPLIT

@@ -127,7 +127,7 @@ def _fill(x: np.ndarray, rows: int, value: float = 0) -> np.ndarray:
 def codes_of(q: QuantArray) -> Integer[np.ndarray, "*s k n"]:
     """The codes `(stack..., K, N)` of a weight, without padding."""
     form = form_of(q)
-    codes = np.asarray(formats.unpack(q.packed, form, q.slab or q.block))
+    codes = np.asarray(formats.unpack(q.packed, form, q.slab_size))
     return codes[..., : matrix_sizes(q)[1], :]
 
 

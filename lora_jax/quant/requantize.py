@@ -69,7 +69,7 @@ def requantized(w: Float[Array, "..."], like: QuantArray, *, name: str) -> Quant
         codes = _codes(blocks, held.floats(*parts, count, outputs), form, like.block)
     return from_codes(
         codes[..., : m.shape[-2], :], *parts, format=like.format, block_size=like.block,
-        slab=like.slab or like.block, order=like.order, roles=like.roles, shape=like.shape,
+        slab=like.slab_size, order=like.order, roles=like.roles, shape=like.shape,
         dtype=like.dtype, name=name,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def _doubled(codes: Array, scale: Array, like: QuantArray) -> QuantArray:
     codes = jnp.pad(codes, fill, constant_values=form_of(like).zero)
     wide = jnp.pad(scale, [(0, stored // like.block - len(scale)), (0, 0)])
     found = compress_scales(wide, len(scale), like.offset)
-    packed = formats.pack(codes, form_of(like), like.slab or like.block)
+    packed = formats.pack(codes, form_of(like), like.slab_size)
     # Its map is bitsandbytes' own, up to the last bit.
     return dataclasses.replace(like, packed=packed, **{**found, "scale_map": like.scale_map})
 

@@ -324,8 +324,7 @@ def four_bit_blocks(name: str, state: State, raw: _Raw, part: Part = ()) -> Quan
         "quant_map": raw.small(f"{name}.quant_map", np.float32),
         key: np.frombuffer(json.dumps({**found, "shape": shape}).encode(), np.uint8),
     }
-    slab = state.held.slab or state.block
-    q = from_bitsandbytes(tensors, roles="oi", slab=slab, name=name)
+    q = from_bitsandbytes(tensors, roles="oi", slab=state.held.slab_size, name=name)
     if state.nested_block is None:
         return q
     nested = ("nested_absmax", "nested_quant_map")

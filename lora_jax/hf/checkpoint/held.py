@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, blocks_of
-from lora_jax.quant.array import QuantArray, known
+from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_codes
-from lora_jax.quant.formats import FormatName, slab_of
+from lora_jax.quant.formats import FormatName
 from lora_jax.quant.scales import HeldName
 
 FLOATS = ("F32", "BF16", "F16")
@@ -55,13 +55,16 @@ class File(NamedTuple):
         if (found := self.shape(name, *dtypes)) != shape:
             raise self.error(name, f"has shape {found}, expected {shape}")
 
+    def path(self, name: str) -> str:
+        """The file of a tensor."""
+        return os.path.join(self.plain.source, self.plain.where(name))
+
     def where(self, name: str) -> str:
         """A tensor's file and name, for messages."""
-        return f"{os.path.join(self.plain.source, self.plain.where(name))}: {name}"
+        return f"{self.path(name)}: {name}"
 
     def error(self, name: str, text: str) -> ValueError:
-        path = os.path.join(self.plain.source, self.plain.where(name))
-        return ValueError(f"{path}: tensor `{name}` {text}")
+        return ValueError(f"{self.path(name)}: tensor `{name}` {text}")
 
     def floats(self, name: str, shape: tuple[int, ...], part: Part) -> np.ndarray:
         """A part of a tensor of scales, as it is or, of powers of two, in float32."""
@@ -107,7 +110,7 @@ def made(
     block: int, inputs: int, order: Any = None,
 ) -> QuantArray:  # fmt: skip
     """The blocks of a matrix, torch's (out, in), or of a part of it, which has `inputs` in all."""
-    slab = slab_of(inputs, known(format)[0], block)
+    slab = blocks_of(format, block, inputs).slab_size
     return from_codes(
         codes, scale, *rest, format=format, block_size=block, slab=slab, roles="oi",
         shape=codes.shape[::-1], order=order, name=name,

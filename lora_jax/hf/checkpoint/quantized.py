@@ -250,7 +250,7 @@ def _experts(file: File, name: str) -> Tensor:
             scale,
             format="mxfp4",
             block_size=32,
-            slab=form.slab or 32,
+            slab=form.slab_size,
             name=file.where(blocks),
         )
 

@@ -35,6 +35,11 @@ class Blocks(NamedTuple):
     ordered: bool = False
     slab: int | None = None
 
+    @property
+    def slab_size(self) -> int:
+        """As `QuantArray.slab_size`."""
+        return self.slab or self.block
+
 
 def blocks_of(format: FormatName | HeldName, block: int, inputs: int, **more: Any) -> Blocks:
     """The blocks of a tensor with so many inputs; `more` are the other fields."""

@@ -67,7 +67,7 @@ def weights_of(file: Gguf) -> Weights:
         if part:
             first, last = (n // kind.inputs * kind.size for n in (part[1].start, part[1].stop))
             rows = np.ascontiguousarray(rows[part[0], first:last])
-        slab = held[name].slab or held[name].block
+        slab = held[name].slab_size
         return from_gguf(rows, kinds[name], roles="oi", slab=slab, name=f"{file.path}: {name}")
 
     def rest(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _plain(file: Gguf, theirs: Mapping[str, Place]) -> Weights:
         inside, _ = of_bytes(file, place.tensor, there(name, part))
         rows = one(name, file.stored(place.tensor, inside))
         roles = "io" if place.turned else "oi"
-        slab = held[name].slab or held[name].block
+        slab = held[name].slab_size
         return from_gguf(rows, types[name], roles=roles, order=order, slab=slab, name=where)
 
     held = {
