@@ -96,14 +96,12 @@ class GgufArchitecture(NamedTuple):
     @property
     def routers(self) -> dict[str, str]:
         """A block's modules that weigh experts and may carry an adapter -> llama.cpp's names."""
-        found = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
-        routers = {name: theirs for name, theirs in found.items() if name in self.others}
-        if any(name.endswith(".gate") for name in self.others):
-            routers["mlp.gate"] = "ffn_gate_inp"
-        return routers
+        ends = {name.rpartition(".")[2] for name in self.others}
+        return {f"mlp.{name}": theirs for name, theirs in _ROUTERS.items() if name in ends}
 
 
 FUSED = "ffn_gate_up_exps"
+_ROUTERS = {"gate": "ffn_gate_inp", "shared_expert_gate": "ffn_gate_inp_shexp"}
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _CHOSEN = {**_RMS, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
