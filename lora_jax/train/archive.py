@@ -19,11 +19,11 @@ from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
-from lora_jax.checkpoint.folder import steps_in
+from lora_jax.checkpoint.folder import read_meta, steps_in
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.peft import MAPPED
-from lora_jax.files import locked, read_object, write_text
+from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import Loader
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -167,7 +167,7 @@ def batched(config: TrainConfig) -> Batched | None:
     for step in steps_in(place):
         # Every checkpoint of the run has it; one that is damaged is said when it is restored.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            run = read_object(place / str(step) / "meta" / "metadata")["run"]
+            run, _ = read_meta(place / str(step), RUN_FORMAT, part="run")
             ladder = run.get("ladder")
             return Batched(ladder and tuple(ladder), run["train"].get("packed_length"))
     return None
