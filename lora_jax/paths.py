@@ -64,6 +64,13 @@ def _is_wrapper(key: Any) -> bool:
     return isinstance(key, jax.tree_util.FlattenedIndexKey) and key.key == 0
 
 
+def repeated(names: Sequence[str]) -> str | None:
+    """The first of several names that occurs twice, as in {"a": {"b": x}, "a.b": y}, or None."""
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name in names if names.count(name) > 1)
+
+
 def module_of(path: str) -> str:
     """The module a leaf belongs to: its path without a trailing parameter name."""
     head, _, last = path.rpartition(".")

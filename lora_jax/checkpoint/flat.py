@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import array, processes
-from lora_jax.paths import component
+from lora_jax.paths import component, repeated
 
 # Phrases of an error message, before it says how many more there are.
 _SHOWN = 5
@@ -35,13 +35,11 @@ def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[
       ValueError: two leaves have the same name.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    named = {name_of(path): leaf for path, leaf in leaves}
-    # {"a": {"b": x}, "a.b": y}: one of the two would be lost.
-    if len(named) != len(leaves):
-        names = [name_of(path) for path, _ in leaves]
-        twice = next(n for n in names if names.count(n) > 1)
+    names = [name_of(path) for path, _ in leaves]
+    # One of the two would be lost.
+    if (twice := repeated(names)) is not None:
         raise ValueError(f"two leaves of the tree have the same name `{twice}`; rename one")
-    return named
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def unflatten(like: Any, named: Mapping[str, Any]) -> Any:

@@ -181,10 +181,9 @@ def check_single(lora_params: PyTree) -> None:
       ValueError: it is a stack, or two leaves have the same name.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
-    names = [paths.spell(path) for path, _ in flat]
-    # {"a": {"b": x}, "a.b": y}: one of the two would be lost.
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    # One of the two would be lost.
+    twice = paths.repeated([paths.spell(path) for path, _ in flat])
+    if twice is not None:
         raise ValueError(f"two leaves of `lora_params` have the same name `{twice}`: rename one")
     if any(is_stack(x) for _, x in flat):
         raise ValueError(
