@@ -29,8 +29,7 @@ def call(fn: Callable, *args: Any) -> Any:
     compilation is saved.
 
     Args:
-      fn: returns a list of arrays. It has no effects of its own, such as printing inside the
-        program.
+      fn: returns a list of arrays. It may print or call Python inside the program.
       args: trees of arrays.
     """
     leaves, structure = jax.tree.flatten(args)

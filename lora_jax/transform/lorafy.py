@@ -228,9 +228,9 @@ def _note_origins(
 
 
 def _has_inner_jaxpr(context: Context, jaxpr: Any) -> bool:
-    """Whether an operation at the top holds a jaxpr and no effect would run at another time."""
+    """Whether an operation at the top holds a jaxpr."""
     rows = (context.primitives.get(compat.name_of(eqn)) for eqn in jaxpr.eqns)
-    return not jaxpr.effects and any(row is not None and row.body for row in rows)
+    return any(row is not None and row.body for row in rows)
 
 
 def materializations(fn: Callable, lora_params: Any, args: Sequence, kwargs: dict) -> dict:

@@ -199,6 +199,12 @@ def test_a_tie_takes_the_lower_code(format):
     np.testing.assert_array_equal(foreign.codes_of(q)[: len(middles), 0], order[:-1])
 
 
+@pytest.mark.parametrize("largest", [1.0, -1.0])
+def test_the_largest_value_takes_the_last_code_of_eight_bits(largest):
+    q = quant.quantize_array(jnp.full((16, 1), largest), format="int8", block_size=16)
+    np.testing.assert_array_equal(foreign.codes_of(q).astype(np.int8), 127 * np.int8(largest))
+
+
 def test_a_tie_of_scales_takes_the_lower_code():
     table = scales.dynamic_map()
     middle = (table[200] + table[201]) / np.float32(2)

@@ -160,12 +160,13 @@ def test_a_program_is_of_the_devices_of_its_arguments():
             np.testing.assert_array_equal(got, want)
 
 
-def test_effects_happen_at_every_call():
+@pytest.mark.parametrize("ordered", [False, True])
+def test_effects_happen_at_every_call(ordered):
     seen: list = []
 
     def noting(name):
         def fn(p, x):
-            jax.debug.callback(lambda: seen.append(name))
+            jax.debug.callback(lambda: seen.append(name), ordered=ordered)
             return scanned(p, x)
 
         return lora.lorafy(fn)
@@ -175,6 +176,19 @@ def test_effects_happen_at_every_call():
         noting(name)(tree, X).block_until_ready()
         jax.effects_barrier()
     assert seen == ["a", "b", "a"]
+
+
+def test_a_mutable_array_is_written_at_every_call():
+    count, tree = jax.new_ref(jnp.zeros(())), adapted(scanned)
+
+    def counted(p, x):
+        count[...] += 1
+        return count[...] * scanned(p, x)
+
+    for _ in range(2):
+        last = lora.lorafy(counted)(tree, X)
+    assert count[...] == 2
+    np.testing.assert_allclose(last, 2 * lora.lorafy(scanned)(tree, X), rtol=1e-6)
 
 
 @pytest.mark.parametrize("transform", ["call", "grad", "vmap"])
