@@ -271,8 +271,12 @@ FAULTS = [
     ),
     *in_file(
         "plan/usage.py",
-        "tests/plan/test_usage.py",
+        "tests/laws/test_plan.py",
         ("if axes is not None and axes[0]:  #", "if axes is not None:  #"),
+    ),
+    *in_file(
+        "plan/usage.py",
+        "tests/plan/test_usage.py",
         ("or are_vectors(found, eqn, k, track)", "or False"),
     ),
     *in_file(

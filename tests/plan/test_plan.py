@@ -372,7 +372,7 @@ def test_layers_to_transform_that_are_not_found(tree, text):
         ({"layers": [Q] * 3}, {"layers_pattern": "layers"}, "layers.1.q.kernel"),
         ({"layers": [[Q]] * 3}, {"layers_pattern": "layers"}, "layers.1.0.q.kernel"),
         ({"net": {"layers": [{"parts": (Q,)}] * 3}}, {}, "net.layers.1.parts.0.q.kernel"),
-        ({"net": {"h": [Q] * 3}, "stem": [{"parts": [0]}]}, {}, "net.h.1.q.kernel"),
+        ({"net": {"h": [Q] * 3}, "stem": [{"parts": [{"b": 0}]}]}, {}, "net.h.1.q.kernel"),
     ],
 )  # fmt: skip
 def test_layers_to_transform_of_nested_lists(tree, fields, path):

@@ -215,13 +215,14 @@ def test_what_is_made_of_looked_up_rows(fn, shape, want):
     assert uses(fn, shape, ids=IDS)[0][0][0] == want
 
 
-def test_a_dim_of_size_one_that_grows_is_contracted_by_nobody():
+@pytest.mark.parametrize(
+    "weight",
+    [lambda g, v: g * v / jnp.sqrt(jnp.sum(v**2, 1, keepdims=True)), lambda g, v: g + v],
+    ids=["gains", "shifts"],
+)
+def test_a_dim_of_size_one_that_grows_is_contracted_by_nobody(weight):
     """The gains of a weight norm, (out, 1) as torch keeps them, are a vector of the outputs."""
-
-    def normed(p, x):
-        norm = jnp.sqrt(jnp.sum(p["v"] ** 2, 1, keepdims=True))
-        return x @ (p["g"] * p["v"] / norm).T
-
     params = {"g": jnp.ones((6, 1)), "v": jnp.ones((6, 8))}
-    plan = lora.plan(lora.LoraConfig(rank=1), normed, params, jnp.ones((2, 8)))
+    call = lambda p, x: x @ weight(p["g"], p["v"]).T  # noqa: E731
+    plan = lora.plan(lora.LoraConfig(rank=1), call, params, jnp.ones((2, 8)))
     assert [(leaf.path, leaf.roles) for leaf in plan.adapted] == [("v", "oi")]

@@ -6,6 +6,7 @@ from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -203,6 +204,16 @@ def test_a_tie_takes_the_lower_code(format):
 def test_the_largest_value_takes_the_last_code_of_eight_bits(largest):
     q = quant.quantize_array(jnp.full((16, 1), largest), format="int8", block_size=16)
     np.testing.assert_array_equal(foreign.codes_of(q).astype(np.int8), 127 * np.int8(largest))
+
+
+def test_eight_bit_floats_are_those_of_ml_dtypes():
+    """Every code but the two of NaN; what lies beyond the last value takes its code."""
+    codes = np.delete(np.arange(256, dtype=np.uint8), [127, 255])
+    floats = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(formats.code_values(jnp.asarray(codes), FORMATS["fp8"]), floats)
+    beyond = jnp.concatenate([floats, jnp.array([1e4, -1e4])])
+    got = formats.nearest(beyond, FORMATS["fp8"])
+    np.testing.assert_array_equal(got, [*codes, 126, 254])
 
 
 def test_a_tie_of_scales_takes_the_lower_code():
