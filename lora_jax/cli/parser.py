@@ -318,10 +318,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     parser.add_argument(
-        "--dtype",
-        default=default,
-        choices=_NUMBERS,
-        help=f"{what} (default: {default})",
+        "--dtype", default=default, choices=_NUMBERS, help=f"{what} (default: {default})"
     )
 
 
