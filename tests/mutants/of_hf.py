@@ -234,7 +234,6 @@ FAULTS = [
         "hf/tokenizer/tokenizer.py",
         "tests/hf/tokenizer/test_directory.py",
         ("most >= self.rows:", "most > self.rows:"),
-        ("self._check(row, *row.overflowing)", "self._check(row)"),
     ),
     *in_file(
         "hf/tokenizer/panics.py",

@@ -299,10 +299,13 @@ def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
 
 
 ENCODERS = {
-    "modernbert": dict(local_attention=4, global_attn_every_n_layers=3, hidden_activation="silu"),
+    "modernbert": dict(
+        local_attention=4, global_attn_every_n_layers=3, hidden_activation="silu",
+        local_rope_theta=300.0,
+    ),
     "bert": dict(type_vocab_size=2),
     "roberta": dict(type_vocab_size=1, pad_token_id=1),
-}
+}  # fmt: skip
 # llama.cpp's key of each size of an encoder -> our field.
 ENCODERS_KEYS = {
     "context_length": "context", "embedding_length": "hidden_size",
