@@ -90,10 +90,10 @@ def of_groups(codes, zeros, scale, group):
     return ((codes.astype(np.float32) - z) * s).T
 
 
-def gptq(rng, group=128, ordered=False, version="gptq"):
+def gptq(rng, group=128, ordered=False, version="gptq", count=IN):
     """Source: AutoGPTQ's `qlinear_cuda_old.py`: zero points less one, in version 1."""
-    codes, zeros, scale = integers(rng, group)
-    index = np.arange(IN) // group
+    codes, zeros, scale = integers(rng, group, count)
+    index = np.arange(count) // group
     index = rng.permutation(index) if ordered else index
     tensors = {
         "qweight": words(codes, 0),
@@ -113,6 +113,11 @@ def gptq_ordered(rng):
 
 def gptq_whole(rng):
     return gptq(rng, IN, version="gptq_v2")
+
+
+def gptq_large(rng):
+    """Groups that are cut into blocks."""
+    return gptq(rng, 2048, count=4096)
 
 
 def awq(rng):
@@ -169,7 +174,7 @@ CASES = {
     f.__name__: f
     for f in (
         fp8_squares, fp8_odd, fp8_tensor, fp8_channel, int8_channel, gptq, gptq_ordered,
-        gptq_whole, awq, packed_integers, packed_symmetric, nvfp4,
+        gptq_whole, gptq_large, awq, packed_integers, packed_symmetric, nvfp4,
     )
 }  # fmt: skip
 
