@@ -1,5 +1,6 @@
 """Adapters on meshes of eight devices: specs that follow the weight's, values, collectives."""
 
+import contextlib
 import dataclasses
 import re
 import warnings
@@ -299,25 +300,42 @@ def test_explicit_mesh(explicit_mesh, case):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), atol=1e-5 * np.abs(w).max())
 
 
-def test_adapters_of_rows_on_an_explicit_mesh(explicit_mesh):
-    with jax.set_mesh(explicit_mesh):
-        params, x = base()
-        specs = {"w1": P(None, "model"), "w2": P()}
-        params = {
-            k: jax.device_put(v, NamedSharding(explicit_mesh, specs[k])) for k, v in params.items()
-        }
+def rows_loss(fn, ids):
+    def of(trainable, frozen, x):
+        y = lora.lorafy(fn)(lora.combine(trainable, frozen), x, adapter_ids=ids)
+        return jnp.sum(jnp.sin(y)), y
 
-        def fn(p, x):
-            return jax.sharding.reshard(jnp.tanh(x @ p["w1"]), P(None, None)) @ p["w2"]
+    return jax.grad(of, has_aux=True)
 
-        x = jax.device_put(x, NamedSharding(explicit_mesh, P()))
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("rows", [(), ("data",)])
+def test_adapters_of_rows_on_an_explicit_mesh(explicit_mesh, rows, inside):
+    def place(*spec):
+        return NamedSharding(explicit_mesh, P(*spec))
+
+    def fn(p, x):
+        return jax.sharding.reshard(jnp.tanh(x @ p["w1"]), place(None, None)) @ p["w2"]
+
+    params, x = base()
+    where = {"w1": place(None, "model"), "w2": place()}
+    params, ids = jax.tree.map(jax.device_put, params, where), np.arange(16) % 2
+    with jax.set_mesh(explicit_mesh) if inside else contextlib.nullcontext():
+        x = jax.device_put(x, place(*rows))
         config = lora.LoraConfig(rank=4, target_modules=("w1", "w2"), init="random")
         plan = lora.plan(config, fn, params, x)
         trees = [lora.init(jax.random.key(i), plan, params) for i in range(2)]
-        ids = jnp.arange(16) % 2
-        got = jax.jit(lora.lorafy(fn))(lora.stack(trees), x, adapter_ids=ids)
+        halves = lora.split(lora.stack(trees))
+        grads, traced = jax.jit(rows_loss(fn, ids))(*halves, x)
+        eager = lora.lorafy(fn)(lora.combine(*halves), x, adapter_ids=ids)
     each = [mlp(lora.merge(local(tree)), local(x)) for tree in trees]
-    close(got, np.where(np.arange(16)[:, None] % 2, each[1], each[0]))
+    for got in (traced, eager):
+        close(got, np.where(ids[:, None], each[1], each[0]))
+        assert got.sharding.is_equivalent_to(place(*rows), 2)
+    want, _ = rows_loss(mlp, ids)(*map(local, halves), local(x))
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        # float32 sums in another order, relative to the largest gradient of the array
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), atol=1e-5 * np.abs(w).max())
 
 
 def test_init_under_jit_on_an_explicit_mesh_shards_the_factors(explicit_mesh):

@@ -1,5 +1,6 @@
 """Loops of one's own on a mesh: several adapters in a stack, and a classifier."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
 from lora_jax import models
@@ -78,11 +80,12 @@ def check(got: Any, want: Any) -> None:
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-def stack_loss(forward: Any) -> Callable:
+def stack_loss(forward: Any, tokens: Any = TOKENS[:, :-1]) -> Callable:
+    learned = jax.nn.one_hot(TOKENS[:, 1:], 128)
+
     def loss(params: Any) -> jax.Array:
-        logits = lora.lorafy(forward.apply)(params, TOKENS[:, :-1], adapter_ids=IDS)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:])
-        return losses.mean()
+        logits = lora.lorafy(forward.apply)(params, tokens, adapter_ids=IDS)
+        return optax.softmax_cross_entropy(logits, learned).mean()
 
     return loss
 
@@ -100,6 +103,23 @@ def stacked() -> tuple[models.Model, Any]:
 def test_a_stack_of_adapters_trains_as_on_one_device(sizes):
     model, params = stacked()
     check(on_mesh(model, params, sizes, stack_loss), ten_steps(params, stack_loss(model.forward)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_stack_of_adapters_trains_where_rows_lie_on_explicit_axes(sizes, inside):
+    model, params = stacked()
+    shape = MESHES[sizes]
+    axes = (AxisType.Explicit,) * len(shape)
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axes)
+    rows = tuple(axis for axis in ROWS if axis in shape)
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        placed = lora.sharding.place(params, mesh, RULES)
+        tokens = jax.device_put(TOKENS[:, :-1], NamedSharding(mesh, PartitionSpec(rows)))
+        forward = dataclasses.replace(model.forward, rows=rows)
+        got = ten_steps(placed, stack_loss(forward, tokens))
+    check(got, ten_steps(params, stack_loss(model.forward)))
 
 
 def test_every_device_holds_its_part_of_all_adapters_of_a_stack():

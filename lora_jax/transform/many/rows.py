@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import checkify
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
 from lora_jax.config.arguments import kind_of
 from lora_jax.dims import checked_index
+from lora_jax.quant import sharding as quant_sharding
 from lora_jax.transform.dora import gains
 from lora_jax.transform.many.grouped import nan_outside, take_adapters
 
@@ -232,9 +234,10 @@ def rowwise(
         out = call(own_ids, tree_of_row, args=args, kwargs=kwargs, key=own_key)
         return _split_outputs(out, out_axes, seen)
 
-    own_rows, shared = jax.vmap(
-        one, in_axes=(0, 0, parts.axes, list(mapped.values())), out_axes=(0, None)
-    )(jnp.arange(rows), ids, parts.arrays, [flat[i] for i in mapped])
+    given = [flat[i] for i in mapped]
+    in_axes = (0, 0, parts.axes, list(mapped.values()))
+    inputs = _together((jnp.arange(rows), ids, parts.arrays, given), in_axes)
+    own_rows, shared = jax.vmap(one, in_axes=in_axes, out_axes=(0, None))(*inputs)
     # `jax.vmap` puts the rows first; a list of axes for its outputs would have to be known before.
     own_rows = iter(
         jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
@@ -242,6 +245,32 @@ def rowwise(
     # The output's leaves in their order, each from the list of its kind.
     found = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
     return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
+
+
+def _together(arrays: Any, axes: Any) -> Any:
+    """The arrays with the rows of all, along these axes, where explicit mesh axes have any's.
+
+    `jax.vmap` needs one place for the rows of all its inputs.
+    """
+    flat, tree = jax.tree.flatten(arrays)
+    numbers = jax.tree.leaves(axes)
+    specs = [compat.spec_of(x) or (None,) * np.ndim(x) for x in flat]
+    spread = ((x, spec[d]) for x, spec, d in zip(flat, specs, numbers, strict=True) if spec[d])
+    first, rows = next(spread, (None, None))
+    if first is None:
+        return arrays
+    # A traced array's mesh is abstract, which no operation outside of a trace takes.
+    mesh = getattr(first, "sharding", jax.typeof(first).sharding).mesh
+    taken = quant_sharding.axes_of(rows)
+
+    def there(x: Any, spec: tuple, d: int) -> Any:
+        own = [tuple(a for a in quant_sharding.axes_of(s) if a not in taken) for s in spec]
+        # Factors give up axes on features for those on rows; XLA warns of both in one step.
+        free = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*own)))
+        own[d] = rows
+        return jax.sharding.reshard(free, NamedSharding(mesh, PartitionSpec(*own)))
+
+    return jax.tree.unflatten(tree, map(there, flat, specs, numbers))
 
 
 def axes_of(row_axes: Any, flat: list, tree: Any, rows: int) -> list[int | None]:

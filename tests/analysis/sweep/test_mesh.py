@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
@@ -14,10 +14,12 @@ from lora_jax import analysis, models
 from tests.support.sweep_task import CONFIG, PARAMS, TASK, TRAIN
 
 pytestmark = pytest.mark.once
+SLOW = pytest.mark.slow
 
 
-def test_a_sweep_on_a_mesh_finds_what_one_device_finds(tmp_path):
-    mesh = models.make_mesh(data=2, fsdp=4)
+@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=SLOW)])
+def test_a_sweep_on_a_mesh_finds_what_one_device_finds(kind, tmp_path):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(kind,) * 2)
     spread = NamedSharding(mesh, P("fsdp", None))
     task = TASK._replace(params=jax.tree.map(lambda x: jax.device_put(x, spread), PARAMS))
     settings = analysis.SweepConfig(
