@@ -267,7 +267,7 @@ def _together(arrays: Any, axes: Any) -> Any:
         own = [tuple(a for a in quant_sharding.axes_of(s) if a not in taken) for s in spec]
         # Factors give up axes on features for those on rows; XLA warns of both in one step.
         free = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*own)))
-        own[d] = rows
+        own[d] = taken
         return jax.sharding.reshard(free, NamedSharding(mesh, PartitionSpec(*own)))
 
     return jax.tree.unflatten(tree, map(there, flat, specs, numbers))
