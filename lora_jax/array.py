@@ -304,9 +304,6 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
     Args:
       x: a leaf; float64 factors give float64.
 
-    Returns:
-      An array of `x.shape`.
-
     Raises:
       TypeError: it is no `LoraArray`.
     """

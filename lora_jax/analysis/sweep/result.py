@@ -249,7 +249,7 @@ def summarize(
     drawn = _draws(values, reduce, seed)
     ranks = sorted(r for r in chosen if isinstance(r, int))
     order = [r for r in (BASE, *ranks, FULL) if r in chosen]
-    rows = [_row(r, chosen[r], scores, drawn, seeds=each[r]) for r in order]
+    rows = [_row(r, chosen[r], scores, drawn, each[r]) for r in order]
     smallest, interval = None, None
     if FULL in chosen and ranks:
         within = _within(scores, ranks, lower_is_better, tolerance)
@@ -294,7 +294,6 @@ def _row(
     runs: Sequence[Run],
     scores: Mapping,
     drawn: Mapping,
-    *,
     seeds: tuple[float, ...],
 ) -> Row:
     ratio = ratios = None
