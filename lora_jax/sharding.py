@@ -65,7 +65,7 @@ def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
       PartitionSpec(None, 'model')
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
-    given, given_tree = jax.tree.flatten(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    given, given_tree = jax.tree.flatten(specs)
     if given_tree != tree:
         raise ValueError(
             "`specs` must be a tree like the base parameters, with a `PartitionSpec` at each leaf; "
@@ -77,8 +77,16 @@ def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
                 f"`specs` must have a `PartitionSpec` at `{paths.spell(path)}`, got "
                 f"`{type(spec).__name__}`"
             )
-    leaves = [_leaf_specs(x, spec) for (_, x), spec in zip(flat, given, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
+    pairs = zip(flat, given, strict=True)
+    return jax.tree.unflatten(tree, [_named_specs(path, x, spec) for (path, x), spec in pairs])
+
+
+def _named_specs(path: Any, x: Any, spec: PartitionSpec) -> Any:
+    """As `_leaf_specs`; an error names the leaf."""
+    try:
+        return _leaf_specs(x, spec)
+    except ValueError as error:
+        raise ValueError(f"`{paths.spell(path)}`: {error}") from None
 
 
 def _base_specs(w: Any, spec: PartitionSpec) -> Any:
@@ -188,16 +196,14 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
     whole = _Whole([], [])
     found = jax.tree_util.tree_map_with_path(
-        lambda path, x: _leaf_specs(
-            x, leaf_sharding(paths.spell(path), x, mesh, rules, whole=whole).spec
+        lambda path, x: _named_specs(
+            path, x, _leaf_spec(paths.spell(path), x, rules, mesh.shape, whole=whole)
         ),
         params,
         is_leaf=is_leaf,
     )
     _warn_of_whole(whole, mesh.shape, rules, stacklevel=4)  # the caller of `place`
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, s), found, is_leaf=lambda s: isinstance(s, PartitionSpec)
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found)
 
 
 def leaf_sharding(path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: "_Whole") -> NamedSharding:

@@ -122,7 +122,7 @@ def test_specs_of_a_quantized_base_and_its_adapters(mesh):
     assert both.packed == P(None, "model")
     spread = put(w, NamedSharding(mesh, P(None, "model")))
     assert spread.sharding.spec == P(None, "model", None)
-    with pytest.raises(ValueError, match="only the first of the dims that are stored as one"):
+    with pytest.raises(ValueError, match=r"`w`: spec .* dims \(1, 2\) are stored as one"):
         lora.partition_specs({"w": w}, {"w": P(None, None, "model")})
 
 
