@@ -13,8 +13,8 @@
     {"instruction": "...", "input": "...", "output": "..."}     Alpaca: as messages
 
 Beside messages, `tools`, `documents` and `chat_template_kwargs` go to the chat template, and
-`system` becomes the first message. Other fields are ignored: many datasets have some. Every error
-names the file and the line.
+`system` becomes the first message. Alpaca's `history` holds earlier turns, pairs of texts. Other
+fields are ignored: many datasets have some. Every error names the file and the line.
 """
 
 import codecs
@@ -47,7 +47,7 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
 _OF_HEADS = ("tokens", "question", "image")
 # Optional fields, which may be renamed too.
 _LABELS = ("label", "labels", "ner_tags", "answers")
-_MORE = ("input", "system", "tools", "documents", "text_pair", *_LABELS)
+_MORE = ("input", "history", "system", "tools", "documents", "text_pair", *_LABELS)
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -277,11 +277,22 @@ def _turns(
         ]
         question = "\n\n".join(x for x in text if x)
         answer = _text(given["output"], names["output"], source)
-        return messages.from_pair(question, answer)
+        pairs = [*_earlier(beside.get("history", []), names["history"], source), (question, answer)]
+        return tuple(turn for pair in pairs for turn in messages.from_pair(*pair))
     if form == "prompt":
         return messages.from_prompt(given["prompt"], given["completion"], names, source)
     field = next(iter(given))
     return messages.from_list(given[field], names[field], source)
+
+
+def _earlier(history: Any, name: str, source: str) -> list[tuple[str, str]]:
+    """The turns before an instruction, as LLaMA-Factory's files have them."""
+    pairs = isinstance(history, list) and all(isinstance(x, list) and len(x) == 2 for x in history)
+    if not pairs:
+        raise ValueError(
+            f'{source}: field "{name}" must be a list of pairs of texts, got {history!r}'
+        )
+    return [(_text(q, name, source), _text(a, name, source)) for q, a in history]
 
 
 def _options(value: Mapping[str, Any], beside: Mapping[str, Any], source: str) -> dict[str, Any]:

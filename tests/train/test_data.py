@@ -302,6 +302,8 @@ def turns_of(row, **fields):
         ({"instruction": "a", "input": "", "output": "b", "id": 3}, HELLO[:2]),
         ({"instruction": "a", "input": None, "output": "b"}, HELLO[:2]),
         ({"instruction": "a", "input": "x", "output": "b"}, [("user", "a\n\nx"), HELLO[1]]),
+        ({"instruction": "c", "output": "d", "history": [["a", "b"]]}, HELLO),
+        ({"instruction": "a", "output": "b", "history": None}, HELLO[:2]),
         (
             {"messages": [{"role": r, "content": [{"type": "text", "text": c[:1]}, c[1:]]}
                           for r, c in HELLO]},
@@ -407,6 +409,8 @@ def test_calls_tools_and_reasoning_reach_the_template():
         ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, "is {'a': 1}, expected one of"),
         ({"conversations": [{"from": "human"}]}, 'missing field "value"'),
         ({"instruction": "a", "input": 3, "output": "b"}, 'field "input" must be text'),
+        ({"instruction": "a", "output": "b", "history": ["x"]}, '"history" must be a list'),
+        ({"instruction": "a", "output": "b", "history": [["x", 1]]}, '"history" must be text'),
         ({"prompt": [USER], "completion": [USER]}, '"completion" has no message of role "assist'),
     ],
 )  # fmt: skip
