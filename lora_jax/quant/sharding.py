@@ -30,8 +30,8 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
         if any(full[d] is not None for d in group[1:]):
             raise ValueError(
                 f"spec {spec} of a quantized weight of shape {q.shape}, roles {q.roles}: the dims "
-                f"{tuple(group)} are stored as one, and only the first of them can be sharded; leave the "
-                f"others whole, None in a spec or a dim of no axis in rules"
+                f"{tuple(group)} are stored as one, and only the first of them can be sharded; "
+                "leave the others whole, None in a spec or a dim of no axis in rules"
             )
     # A `QuantArray` may have lost all in or out dims to a slice.
     owners = [full[group[0]] if group else None for group in groups]
