@@ -21,7 +21,7 @@ from lora_jax.models.dialect import (
 )
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.heads import LANGUAGE
-from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.layers import ACTIVATIONS, XIELU
 from lora_jax.models.mixing import Mixing
 from lora_jax.models.ranges import RANGES, check_fields, check_object, check_range, check_rotation
 from lora_jax.models.reading import PLAIN, read_fields, with_plain_windows
@@ -113,7 +113,7 @@ class LlamaConfig:
       delta: the sizes of those nets, or None.
       chunked: windows do not slide: a text is cut into pieces of `sliding_window` tokens, and a
         token attends to those before it in its piece.
-      hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
+      hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`, or Apertus' "xielu".
       norm_offset: norms multiply by `1 + scale`.
       norm_centered: norms subtract the mean first.
       norm_bias: norms that are centered add a bias.
@@ -250,7 +250,8 @@ class LlamaConfig:
                 raise ValueError(
                     f"config: {len(each)} `{name}` for {self.num_hidden_layers} `num_hidden_layers`"
                 )
-        if self.hidden_activation not in ACTIVATIONS:
+        learned = self.hidden_activation == XIELU == DIALECTS[self.model_type].act
+        if self.hidden_activation not in ACTIVATIONS and not learned:
             raise ValueError(
                 f"config: `hidden_activation` `{self.hidden_activation}` is not one of "
                 f"{', '.join(ACTIVATIONS)}"

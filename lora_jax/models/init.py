@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from lora_jax.config.arguments import check_key, kind_of
 from lora_jax.hf.checkpoint.fill import Spread
 from lora_jax.models.kernels import AttentionName
+from lora_jax.models.llama_parts import FRESH_XIELU
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import forward_of
 from lora_jax.models.remat import Remat
@@ -83,6 +84,8 @@ def _fresh(key: Array, path: str, shape: jax.ShapeDtypeStruct, config: Any) -> F
         "linear_attn.norm.scale"
     ):
         return jnp.ones(shape.shape, shape.dtype)
+    if ".act_fn." in path:
+        return jnp.full(shape.shape, FRESH_XIELU[name], shape.dtype)
     if name == "A_log":
         # Rates up to 16, as Mamba 2 draws them; of 0 there would be no logarithm.
         return jnp.log(jax.random.uniform(key, shape.shape, minval=0.01, maxval=16.0))

@@ -48,6 +48,8 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "hardswish": jax.nn.hard_swish,
     "linear": lambda x: x,
 }
+# The one that has parameters, in `lora_jax.models.llama_parts`.
+XIELU = "xielu"
 
 
 def kept(x: Array) -> Array:

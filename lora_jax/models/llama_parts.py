@@ -6,13 +6,14 @@ B batch, T new tokens, D width, N query heads, K key/value heads, H size of a he
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention import Attend, Stored, with_sinks
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.dialect import Kind
-from lora_jax.models.layers import ACTIVATIONS, LayerNorm, RMSNorm, kept, normal
+from lora_jax.models.layers import ACTIVATIONS, XIELU, LayerNorm, RMSNorm, kept, normal
 from lora_jax.models.rope import by_halves
 
 
@@ -147,6 +148,9 @@ class MLP(nnx.Module):
 
         width, inner = config.hidden_size, size or config.intermediate_size
         self.names, self.activation = config.modules, config.hidden_activation
+        self.learned = self.activation == XIELU
+        if self.learned:
+            self.act_fn = Xielu(param_dtype=param_dtype)
         self.fused, self.gated = config.fused_mlp, config.gated_mlp
         if self.fused:
             self.gate_up_proj = linear(width, 2 * inner)
@@ -157,7 +161,7 @@ class MLP(nnx.Module):
         setattr(self, self.names.down, linear(inner, width))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        activation = ACTIVATIONS[self.activation]
+        activation = self.act_fn if self.learned else ACTIVATIONS[self.activation]
         down = getattr(self, self.names.down)
         if not self.gated:
             return down(activation(kept(getattr(self, self.names.up)(x))))
@@ -166,6 +170,33 @@ class MLP(nnx.Module):
         else:
             gate, up = kept(self.gate_proj(x)), kept(getattr(self, self.names.up)(x))
         return down(activation(gate) * up)
+
+
+# Fresh numbers of `Xielu`: their softplus is 0.8 and 0.3.
+FRESH_XIELU = {"alpha_p": 0.20338, "alpha_n": -1.05023, "beta": 0.5, "eps": -1e-6}
+
+
+class Xielu(nnx.Module):
+    """An activation with two learned numbers, alpha_p and alpha_n; beta and eps do not train.
+
+        softplus(alpha_p) x² + beta x                                        where x > 0
+        (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x) + beta x       elsewhere
+
+    Source: Huang and Schlag 2024, arXiv:2411.13010.
+    """
+
+    def __init__(self, *, param_dtype: DTypeLike) -> None:
+        for name, value in FRESH_XIELU.items():
+            shape = (1,) if name.startswith("alpha") else ()
+            setattr(self, name, nnx.Param(jnp.full(shape, value, param_dtype)))
+
+    def __call__(self, x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+        above, below, beta, eps = (
+            getattr(self, name).get_value().astype(x.dtype) for name in FRESH_XIELU
+        )
+        beta, eps = lax.stop_gradient((beta, eps))
+        below = (beta + jax.nn.softplus(below)) * (jnp.expm1(jnp.minimum(x, eps)) - x)
+        return jnp.where(x > 0, jax.nn.softplus(above) * x * x, below) + beta * x
 
 
 class HeadNorms(nnx.Module):

@@ -209,7 +209,7 @@ def entries_of(
     for parameter, leaf in modules[block.module].items():
         parts = tensors_of(f"{block.module}.{parameter}", block.index, family=family)
         shape = leaf.shape[len(block.index) :]
-        shape = (*shape[:-1], shape[-1] // len(parts))
+        shape = (*shape[:-1], *(size // len(parts) for size in shape[-1:]))
         for name, axes in parts:
             yield NewTensor(name, shape_there(shape, axes), dtype)
 
@@ -244,9 +244,9 @@ def values_of(
     for parameter, part in parts.items():
         tensors = tensors_of(f"{block.module}.{parameter}", index, family=family)
         whole = np.asarray(processes.whole(dense(part)))
-        for (name, axes), there in zip(
-            tensors, np.split(whole, len(tensors), axis=-1), strict=True
-        ):
+        # A single number has no axis to split.
+        each = np.split(whole, len(tensors), axis=-1) if whole.ndim else [whole]
+        for (name, axes), there in zip(tensors, each, strict=True):
             yield cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
 
 

@@ -87,7 +87,7 @@ RULES = Rules(
         # Norms and other biases, layers stacked or not: copied.
         LeafDims(
             r"(^|\.)(scale|bias|sinks|e_score_correction_bias|dt_bias|A_log|per_expert_scale"
-            r"|layer_scalar|cls_token|position_embeddings)$",
+            r"|layer_scalar|alpha_[pn]|beta|eps|cls_token|position_embeddings)$",
             (),
         ),
     ),

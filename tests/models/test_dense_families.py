@@ -88,6 +88,11 @@ CASES = {
         rope_scaling=dict(rope_type="linear", factor=2.0),
     ),
     "phi with norms of queries and keys": dict(SIZES, model_type="phi", qk_layernorm=True),
+    "apertus": dict(SIZES, model_type="apertus", head_dim=8, attention_bias=True),
+    "apertus with an activation without numbers": dict(
+        SIZES, model_type="apertus", hidden_act="relu2",
+        rope_parameters=dict(rope_type="default", rope_theta=500.0),
+    ),
     "cwm": dict(
         SIZES, **WINDOW, model_type="cwm", head_dim=8, num_hidden_layers=5, mlp_bias=True,
         rope_scaling=dict(
@@ -135,7 +140,7 @@ ONE_EACH = (
     "phi",
 )
 NEWER = (
-    "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
+    "apertus", "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
     "vaultgemma", "youtu",
 )  # fmt: skip
 COSTLY = [c if c in ONE_EACH else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
@@ -323,6 +328,12 @@ PUBLIC = {
         model_type="phi", num_key_value_heads=4, embd_pdrop=0.0, resid_pdrop=0.1,
         hidden_act="gelu_new", layer_norm_eps=1e-5, partial_rotary_factor=0.5,
         qk_layernorm=False, rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=50256,
+    ),
+    "Apertus-8B": dict(
+        model_type="apertus", attention_bias=False, hidden_act="xielu", hidden_dropout=0.0,
+        mlp_bias=False, post_norm=False, qk_norm=True, rms_norm_eps=1e-5, rope_theta=12000000,
+        rope_scaling=dict(LLAMA3, low_freq_factor=1.0, original_max_position_embeddings=8192),
+        tie_word_embeddings=False,
     ),
     "Ministral-3-3B": dict(
         model_type="ministral3", head_dim=16, hidden_act="silu", rms_norm_eps=1e-5,

@@ -59,6 +59,7 @@ FAMILIES = {
     "starcoder2": WINDOW,
     "gpt_neox": dict(rotary_pct=0.5, num_key_value_heads=4),
     "phi": {},
+    "apertus": dict(head_dim=8),
     "cwm": dict(WINDOW, head_dim=8),
     "hyperclovax": dict(residual_multiplier=0.5),
     "internlm3": dict(head_dim=8),
@@ -160,7 +161,7 @@ LATER = (
     "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text", "llama4_text",
     "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2",
     "starcoder2", "phi", "gpt_neox", "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
-    "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
+    "apertus", "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
     "vaultgemma", "youtu", "flex_olmo", "dots1", "exaone_moe", "solar_open",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))

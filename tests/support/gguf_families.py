@@ -1,6 +1,7 @@
 """GGUF files of tiny models of many families, written as llama.cpp's converter does."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF
 from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
+from lora_jax.models.rope import RopeScaling, static_frequencies
 from lora_jax.models.saving import save_model
 
 from tests.support.gguf_files import adapted, writing
@@ -45,6 +47,10 @@ YARN = dict(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7,
     mscale_all_dim=0.7,
 )  # fmt: skip
+SCALED: Any = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)  # fmt: skip
 # Families whose models are read, with fields that are no defaults.
 CASES = {
     "llama": GROUPED,
@@ -64,6 +70,7 @@ CASES = {
     "cohere": dict(GROUPED, use_qk_norm=True, logit_scale=0.5, tie_word_embeddings=True),
     "nemotron": dict(GROUPED, attention_bias=True),
     "jais2": GROUPED,
+    "apertus": dict(GROUPED, rope_parameters=dict(SCALED, rope_theta=5e5)),
     "dots1": dict(
         GROUPED, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
         n_shared_experts=1, first_k_dense_replace=1, sliding_window=None,
@@ -174,7 +181,11 @@ OWN = {
                     "interleave_moe_layer_step": 2},
 }  # fmt: skip
 # The divisors of the frequencies.
-DIVISORS = {"gemma4_text": [1.0] * 4 + [1e30] * 4, "llama4_text": [1.0, 1.0, 1.0, 16.0]}
+DIVISORS = {
+    "apertus": static_frequencies(8, 5e5, None) / static_frequencies(8, 5e5, RopeScaling(**SCALED)),
+    "gemma4_text": [1.0] * 4 + [1e30] * 4,
+    "llama4_text": [1.0, 1.0, 1.0, 16.0],
+}
 # Tensors that are no weight of a module there.
 ODD = {
     "layer_scalar": "layer_output_scale.weight", "router.scale": "ffn_gate_inp.scale",
@@ -223,6 +234,7 @@ def as_converter(tensors, config, arch):
     kind = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
     table = get_tensor_name_map(kind, config.num_hidden_layers)
     experts, out = {}, {}
+    tensors = {name: x for name, x in tensors.items() if ".act_fn." not in name}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     parts = {n: y for name, x in tensors.items() for n, y in apart(name, x, config, arch).items()}
     for name, x in parts.items():
@@ -275,6 +287,10 @@ def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
         pair = tensors.pop(name), tensors.pop(name.replace("gate", "up"))
         tensors[name.replace("gate", "gate_up")] = np.concatenate(pair, axis=1)
     row = GGUF_ARCHITECTURES[arch]
+    numbers = {
+        key: params["model"]["layers"]["mlp"]["act_fn"][key.rpartition(".")[2]].ravel().tolist()
+        for key in row.stated
+    }
     stated = {**STATED, **{key: field for key, field in row.keys.items()}}
     if family == "mixtral":
         stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
@@ -282,7 +298,7 @@ def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
         tensors["rope_freqs.weight"] = np.array(DIVISORS[family], np.float32)
     with writing(path, arch) as writer:
         each = {key: {**CASES[family], **raw}.get(row.renamed.get(field, field))
-                for key, field in stated.items()} | OWN.get(family, {})  # fmt: skip
+                for key, field in stated.items()} | OWN.get(family, {}) | numbers  # fmt: skip
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                list: writer.add_array, str: writer.add_string}  # fmt: skip
         for key, value in each.items():

@@ -119,7 +119,7 @@ def write(directory: Path, spec: dict) -> None:
     """Writes the directory of a specification."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(spec["config"]))
-    tensors = {name: seeded(name, *rest) for name, rest in spec["tensors"].items()}
+    tensors = {name: np.asarray(seeded(name, *rest)) for name, rest in spec["tensors"].items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 

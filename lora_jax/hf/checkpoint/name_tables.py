@@ -182,6 +182,9 @@ STARCODER2 = replace(LLAMA, name="starcoder2", rules=(*_STARCODER2_RULES, *LLAMA
 _POST_NORM = Rule("*post_norm?", "weight", "scale")
 HYPERCLOVAX = replace(LLAMA, name="hyperclovax", rules=(_POST_NORM, *LLAMA.rules))
 
+_XIELU = tuple(Rule("*act_fn", name, name) for name in ("alpha_p", "alpha_n", "beta", "eps"))
+APERTUS = replace(LLAMA, name="apertus", rules=(*_XIELU, *LLAMA.rules))
+
 # The norms of queries and keys are numbered, one for each head.
 _HEAD_NORMS = Rule("*layernorm.norms", "weight", "scale")
 STABLELM = replace(
@@ -316,6 +319,7 @@ ANY = Family(
     stacks=("layers", "experts", "h", "layer"),
     rules=(
         *_DELTA,
+        *_XIELU,
         _NORM,
         _POST_NORM,
         _HEAD_NORMS,

@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from lora_jax.hf.checkpoint.name_tables import ANY as ANY
+from lora_jax.hf.checkpoint.name_tables import APERTUS as APERTUS
 from lora_jax.hf.checkpoint.name_tables import BERT as BERT
 from lora_jax.hf.checkpoint.name_tables import EXAONE_MOE as EXAONE_MOE
 from lora_jax.hf.checkpoint.name_tables import EXPERTS as EXPERTS

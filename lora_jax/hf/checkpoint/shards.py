@@ -71,7 +71,7 @@ def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
       ValueError: it has a number that is not finite there.
     """
     with np.errstate(over="ignore"):  # found below
-        tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
+        tensor = np.asarray(tensor.astype(dtype, copy=False), order="C")
     if not np.isfinite(tensor).all():
         raise ValueError(
             f"tensor `{name}` has a number that {dtype} cannot hold; take another dtype, or look "

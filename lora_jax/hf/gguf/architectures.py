@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
-from lora_jax.hf.gguf.fields import Stated, bert, cohere, delta, gemma4, latent, llama4, modernbert
+from lora_jax.hf.gguf import fields
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -48,6 +48,7 @@ class GgufArchitecture(NamedTuple):
       keys: key of the metadata, without its prefix -> the field of config.json. Without any, only
         adapters are read and written.
       own: keys that are no numbers, or that only `read` reads.
+      stated: keys with a number of each block -> the end of the leaf's name.
       read: what reads fields that are stated otherwise than in config.json, or None.
       fixed: fields of config.json that every model of the architecture has.
       rotary: the field with the share of a head that is rotated, or None.
@@ -75,7 +76,8 @@ class GgufArchitecture(NamedTuple):
     by_head: bool = False
     keys: Mapping[str, str] = {}
     own: tuple[str, ...] = ()
-    read: Callable[[Stated], dict[str, Any]] | None = None
+    stated: Mapping[str, str] = {}
+    read: Callable[[fields.Stated], dict[str, Any]] | None = None
     fixed: Mapping[str, Any] = {}
     rotary: str | None = None
     added: float = 0.0
@@ -149,6 +151,7 @@ _OF_TEXTS = (
 _NO_DECODER: Mapping[str, str | None] = {
     "num_key_value_heads": None, "head_dim": None, "rope_theta": None,
 }  # fmt: skip
+_XIELU = {f"xielu.{name}": f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
@@ -199,7 +202,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         },
         own=("attention.key_length_mla", "attention.value_length_mla", "attention.value_length",
              "rope.scaling.yarn_log_multiplier", "expert_gating_func"),
-        read=latent,
+        read=fields.latent,
         # What the metadata leave out where it has no effect.
         fixed={"q_lora_rank": None, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
         joined={"self_attn.kv_b_proj": ("self_attn.k_b_proj", "self_attn.v_b_proj")},
@@ -214,7 +217,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         experts="mlp.experts",
         keys=_SHARED_KEYS,
         own=_DELTA_KEYS,
-        read=delta,
+        read=fields.delta,
         fixed={**_SPARSE, "norm_topk_prob": True},
         rotary="partial_rotary_factor",
         added=1.0,
@@ -222,7 +225,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "qwen35": GgufArchitecture(
         "qwen3_5_text", (*_ATTENTION, *_LINEAR, *_MLP), (*_NORMS, *_QK_NORMS, *_DELTA), _DELTA_ODD,
-        keys=_RMS, own=_DELTA_KEYS, read=delta, rotary="partial_rotary_factor", added=1.0,
+        keys=_RMS, own=_DELTA_KEYS, read=fields.delta, rotary="partial_rotary_factor", added=1.0,
         in_turns=True,
     ),
     "qwen35moe": GgufArchitecture(
@@ -230,19 +233,23 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         (*_ATTENTION, *_LINEAR, *_SHARED),
         (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"), _DELTA_ODD,
         experts="mlp.experts", keys=_SHARED_KEYS, own=(*_DELTA_KEYS, "feed_forward_length"),
-        read=delta, rotary="partial_rotary_factor", added=1.0, in_turns=True,
+        read=fields.delta, rotary="partial_rotary_factor", added=1.0, in_turns=True,
     ),
     "starcoder2": GgufArchitecture(
         "starcoder2", (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
         keys={"attention.layer_norm_epsilon": "norm_epsilon"},
     ),
     "command-r": GgufArchitecture(
-        "cohere", others=("input_layernorm", *_QK_NORMS), read=cohere,
+        "cohere", others=("input_layernorm", *_QK_NORMS), read=fields.cohere,
         keys={**_LAYER_NORM, "logit_scale": "logit_scale"},
     ),
     "nemotron": GgufArchitecture(
         "nemotron", _UNGATED, keys={"attention.layer_norm_epsilon": "norm_eps"},
         rotary="partial_rotary_factor", added=1.0,
+    ),
+    "apertus": GgufArchitecture(
+        "apertus", _UNGATED, ("attention_layernorm", "feedforward_layernorm", *_QK_NORMS),
+        keys=_RMS, own=tuple(_XIELU), stated=_XIELU, read=fields.apertus,
     ),
     "jais2": GgufArchitecture("jais2", _UNGATED, keys=_LAYER_NORM),
     "cohere2": GgufArchitecture(
@@ -310,7 +317,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
              "attention.key_length_swa", "attention.value_length_swa", "rope.freq_base_swa",
              "rope.dimension_count_swa", "attention.head_count_kv", "feed_forward_length",
              "expert_count", "expert_used_count", "expert_feed_forward_length"),
-        read=gemma4,
+        read=fields.gemma4,
     ),
     "llama4": GgufArchitecture(
         "llama4_text",
@@ -322,7 +329,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
               "expert_used_count": "num_experts_per_tok",
               "interleave_moe_layer_step": "interleave_moe_layer_step"},
         own=("expert_feed_forward_length", "attention.sliding_window"),
-        read=llama4,
+        read=fields.llama4,
     ),
     "phi3": GgufArchitecture(
         "phi3", _FUSED, keys={**_RMS, "attention.sliding_window": "sliding_window"},
@@ -336,7 +343,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys={"attention.layer_norm_epsilon": "norm_eps"},
         own=(*_OF_TEXTS, "attention.sliding_window", "attention.sliding_window_pattern",
              "rope.freq_base_swa", "hidden_activation"),
-        read=modernbert,
+        read=fields.modernbert,
         renamed=_NO_DECODER,
         encoder=("model",),
     ),
@@ -352,7 +359,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
                "classifier.dense", "classifier.out_proj"),
         keys=_LAYER_NORM,
         own=_OF_TEXTS,
-        read=bert,
+        read=fields.bert,
         renamed=_NO_DECODER,
         encoder=("bert", "roberta"),
     ),

@@ -246,6 +246,13 @@ def _both_ways(stated: Stated) -> Mapping[str, Any]:
     return stated.facts
 
 
+def apertus(stated: Stated) -> dict[str, Any]:
+    """Without divisors nothing is scaled, where config.json's default is."""
+    plain = stated.divisors is None and "rope.scaling.type" not in stated.facts
+    base = _base(stated.facts, "rope.freq_base")
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}} if plain else {}
+
+
 def cohere(stated: Stated) -> dict[str, Any]:
     """Command R+ alone normalizes queries and keys."""
     return {"use_qk_norm": _has(stated, 0, "self_attn.q_norm")}

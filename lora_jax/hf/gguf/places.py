@@ -72,6 +72,30 @@ def places_of(file: Gguf) -> dict[str, Place]:
     return found
 
 
+def stated_numbers(file: Gguf) -> dict[str, np.ndarray]:
+    """The weights that a file states in its metadata, a number of each block.
+
+    Raises:
+      ValueError: a key missing, or without a number for each block.
+    """
+    kind = gguf_architecture(file.metadata, file.path)
+    row, found = GGUF_ARCHITECTURES[kind], {}
+    for key, leaf in row.stated.items():
+        blocks, each = (file.metadata.get(f"{kind}.{name}") for name in ("block_count", key))
+        # llama.cpp takes one number for all blocks too.
+        each = [each] * blocks if isinstance(each, float) and type(blocks) is int else each
+        if not isinstance(each, list) or len(each) != blocks or not np.isfinite(each).all():
+            raise ValueError(
+                f"{file.path}: `{key}` must be a number for each of {blocks} blocks, got "
+                f"{str(each)[:60]}"
+            )
+        # Hugging Face has what trains as a vector of one number.
+        shape = (1,) if "alpha" in key else ()
+        for block, number in enumerate(each):
+            found[f"{row.stack}.{block}.{leaf}"] = np.full(shape, number, np.float32)
+    return found
+
+
 def inside_of(file: Gguf, place: Place) -> tuple[int, ...]:
     """The shape of a weight in the file."""
     shape = file.tensors[place.tensor].shape[place.expert is not None :]

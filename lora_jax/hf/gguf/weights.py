@@ -27,6 +27,7 @@ from lora_jax.hf.gguf.places import (
     order_of,
     places_of,
     shape_of,
+    stated_numbers,
 )
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.gguf import GGUF_KINDS, as_q5_k, from_gguf
@@ -47,7 +48,8 @@ def weights_of(file: Gguf) -> Weights:
             "are read and written as GGUF: load the model from its Hugging Face directory"
         )
     theirs = places_of(file)
-    plain, halves = _plain(file, theirs), halves_of(file, theirs)
+    plain = _with_stated(_plain(file, theirs), stated_numbers(file))
+    halves = halves_of(file, theirs)
     if not halves:
         return plain
     parts = {name for each in halves.values() for name in each[:2]}
@@ -81,6 +83,16 @@ def weights_of(file: Gguf) -> Weights:
         formats=rest(plain.formats or {}) | held,
         blocks=blocks,
     )
+
+
+def _with_stated(weights: Weights, numbers: Mapping[str, np.ndarray]) -> Weights:
+    """The weights, and those that the metadata state."""
+
+    def read(name: str, part: Part = ()) -> np.ndarray:
+        return numbers[name][part] if name in numbers else weights.read(name, part)
+
+    shapes = {**weights.shapes, **{name: x.shape for name, x in numbers.items()}}
+    return weights._replace(shapes=shapes, read=read) if numbers else weights
 
 
 def _plain(file: Gguf, theirs: Mapping[str, Place]) -> Weights:

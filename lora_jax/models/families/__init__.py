@@ -44,6 +44,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "granite": llama.GRANITE,
     "seed_oss": llama.SEED_OSS,
     "arcee": llama.ARCEE,
+    "apertus": llama_kin.APERTUS,
     "cwm": llama_kin.CWM,
     "hyperclovax": llama_kin.HYPERCLOVAX,
     "internlm3": llama_kin.INTERNLM3,

@@ -1,10 +1,11 @@
 """Decoders of 2024 to 2026 that are Llama's but for a few fields.
 
-CWM has windows in three of four blocks, Ministral 3 queries that grow with the text, HyperCLOVA X
-Granite's factors and norms after attention and MLP too, Jais 2 and Nemotron GPT-2's norms and an
-MLP without a gate; InternLM 3 and IQuest-Coder have names of their own.
+Apertus has norms of queries and keys and an activation that is learned, CWM windows in three of
+four blocks, Ministral 3 queries that grow with the text, HyperCLOVA X Granite's factors and norms
+after attention and MLP too, Jais 2 and Nemotron GPT-2's norms and an MLP without a gate; InternLM 3
+and IQuest-Coder have names of their own.
 
-Sources: arXiv:2510.02387 (CWM), arXiv:2402.16819 (Nemotron).
+Sources: arXiv:2509.14233 (Apertus), arXiv:2510.02387 (CWM), arXiv:2402.16819 (Nemotron).
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from lora_jax.models.dialect import (
     PART,
     Dialect,
     Norms,
+    check_fixed,
     layer_norms,
     read_layer_types,
     read_partial_rope,
@@ -31,6 +33,7 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
+_LONG_LLAMA3 = {**_LLAMA3, "rope_theta": 1.2e7, "factor": 8.0}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -49,6 +52,13 @@ def _write_rope(config: Any) -> dict[str, Any]:
     # transformers takes the older field before this one.
     rope = {**scaling, "rope_theta": config.rope_theta}
     return {"rope_scaling": None, "rope_parameters": rope}
+
+
+def _read_apertus(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {**_APERTUS, "mlp_bias": False})
+    bias = bool(raw.get("attention_bias", False))
+    norms = Norms("attention_layernorm", None, "feedforward_layernorm", None)
+    return {"norms": norms, "qk_norm": True, "gated_mlp": False, "qkv_bias": bias, "o_bias": bias}
 
 
 def _read_cwm(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +144,19 @@ def _write_ministral3(config: Any) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
     }
 
+
+_APERTUS = {"qk_norm": True, "post_norm": False}
+
+APERTUS = Dialect(
+    architecture="ApertusForCausalLM",
+    fields=(*LLAMA.fields, *_APERTUS, "hidden_dropout"),
+    read=_read_apertus,
+    write=lambda config: {"attention_bias": config.qkv_bias, **_write_rope(config)},
+    rope=lambda given: read_rope({**given, "rope_parameters": _rope_of(given, _LONG_LLAMA3)}),
+    act="xielu",
+    names=names.APERTUS,
+    defaults={**_IDS, "rms_norm_eps": 1e-5, "rope_theta": 1.2e7, "pad_token_id": 3},
+)
 
 CWM = Dialect(
     architecture="CwmForCausalLM",

@@ -65,6 +65,7 @@ FAMILIES = {
         rotary_pct=0.5,
     ),
     "phi": dict(ADAPTED_SIZES, model_type="phi"),
+    "apertus": dict(ADAPTED_SIZES, model_type="apertus", head_dim=8),
     "cwm": dict(ADAPTED_SIZES, model_type="cwm", head_dim=8, sliding_window=4),
     "hyperclovax": dict(ADAPTED_SIZES, model_type="hyperclovax", residual_multiplier=0.5),
     "internlm3": dict(ADAPTED_SIZES, model_type="internlm3", head_dim=8),
@@ -123,6 +124,7 @@ LATER = (
     "qwen3_5_text",
     "gemma4",
     "llama4",
+    "apertus",
     "cwm",
     "hyperclovax",
     "internlm3",
@@ -147,6 +149,7 @@ MODULES = {
     "phi": ("q_proj", "fc2", "embed_tokens", "input_layernorm"),
     "llama4": ("q_proj", "shared_expert.down_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
+    "apertus": ("q_proj", "down_proj", "embed_tokens", "feedforward_layernorm"),
     "youtu": ("kv_b_proj", "down_proj", "embed_tokens", "post_attention_layernorm"),
 }
 # PEFT cannot run an adapter of Llama 4's router, which returns two results.
