@@ -269,5 +269,7 @@ def base_of(model: Any) -> Base:
     # llama.cpp has architectures of its own for some decoders of images and texts.
     base = base_from_hf({**raw, "model_type": wrapper} if wrapper in ARCHITECTURE_OF else raw)
     source = model.checkpoint if isinstance(model, Model) else None
-    fused = source is not None and source.suffix == ".gguf" and read_base(source).fused
-    return base._replace(fused=fused)
+    if source is None or source.suffix != ".gguf":
+        return base
+    there = read_base(source)
+    return base._replace(fused=there.fused, fused_qkv=there.fused_qkv)

@@ -84,6 +84,7 @@ CASES = {
     "arcee": GROUPED,
     "smollm3": dict(GROUPED, num_hidden_layers=4),
     "ernie4_5": dict(GROUPED, head_dim=8),
+    "olmo": dict(GROUPED, clip_qkv=0.5, layer_norm_eps=1e-5),
     "olmo2": GROUPED,
     "seed_oss": dict(GROUPED, head_dim=8),
     "stablelm": dict(GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
@@ -258,7 +259,7 @@ def as_converter(tensors, config, arch):
             out[f"blk.{block[1]}.{odd}"] = x
             continue
         part = name.split(".")[-2]
-        if arch in ("llama", "granite", "arcee", "smollm3") and part in heads:
+        if arch in ("llama", "granite", "arcee", "smollm3", "olmo") and part in heads:
             x = x.reshape(heads[part], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         if arch == "gpt2" and part.startswith("c_") and name.endswith(".weight"):
             x = x.T
@@ -275,8 +276,12 @@ def as_converter(tensors, config, arch):
     return out
 
 
-def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
-    """A random model, and the file of it; `fused` has gate and up of experts in one tensor."""
+def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False, one_qkv=False, more=None):
+    """A random model, and the file of it.
+
+    `fused` has gate and up of experts in one tensor, `one_qkv` queries, keys and values; `more` are
+    tensors beside, or in place of, its own.
+    """
     config, arch = config_from_hf({**CASES[family], "model_type": family}), ARCHITECTURE_OF[family]
     raw, model = config.to_hf(), models.init(jax.random.key(0), config)
     keys = iter(jax.random.split(jax.random.key(1), 200))
@@ -286,6 +291,9 @@ def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
     for name in [n for n in tensors if "ffn_gate_exps" in n] if fused else ():
         pair = tensors.pop(name), tensors.pop(name.replace("gate", "up"))
         tensors[name.replace("gate", "gate_up")] = np.concatenate(pair, axis=1)
+    for name in [n for n in tensors if ".attn_q." in n] if one_qkv else ():
+        each = [tensors.pop(name.replace("attn_q.", f"attn_{x}.")) for x in "qkv"]
+        tensors[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(each)
     row = GGUF_ARCHITECTURES[arch]
     numbers = {
         key: params["model"]["layers"]["mlp"]["act_fn"][key.rpartition(".")[2]].ravel().tolist()
@@ -296,14 +304,17 @@ def write(path, family, kind=GGMLQuantizationType.F32, *, fused=False):
         stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
     if family in DIVISORS:
         tensors["rope_freqs.weight"] = np.array(DIVISORS[family], np.float32)
+    tensors |= more or {}
     with writing(path, arch) as writer:
         each = {key: {**CASES[family], **raw}.get(row.renamed.get(field, field))
-                for key, field in stated.items()} | OWN.get(family, {}) | numbers  # fmt: skip
+                for key, field in stated.items()} | OWN.get(family, {})  # fmt: skip
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                list: writer.add_array, str: writer.add_string}  # fmt: skip
         for key, value in each.items():
             if value is not None:
                 add[type(value)](f"{arch}.{key}", value)
+        for key, each in numbers.items():
+            writer.add_array(key, each)
         if row.rotary:
             writer.add_rope_dimension_count(model.config.rotary_dim)
         writer.add_eos_token_id(2)
@@ -336,13 +347,15 @@ def write_encoder(path, kind, fields, form=GGMLQuantizationType.F32, facts=None)
     `facts` are other values of keys; `token_types` None leaves that table out.
     """
     sizes = {**SIZES, "num_hidden_layers": 4, **fields}
+    if kind == "distilbert":
+        sizes = dict(vocab_size=64, dim=32, hidden_dim=64, n_layers=4, n_heads=4, pad_token_id=0)
     config = config_from_hf({**sizes, "model_type": kind})
     model = models.init(jax.random.key(0), config)
     keys = iter(jax.random.split(jax.random.key(1), 200))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
     save_model(path.parent / "hf", model, params)
     tensors = load_file(path.parent / "hf/model.safetensors")
-    arch = ARCHITECTURE_OF[kind]
+    arch = ARCHITECTURE_OF.get(kind, "bert")
     enum = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
     table = get_tensor_name_map(enum, config.num_hidden_layers)
     stated = {key: getattr(config, field) for key, field in ENCODERS_KEYS.items()}
@@ -361,6 +374,7 @@ def write_encoder(path, kind, fields, form=GGMLQuantizationType.F32, facts=None)
                str: writer.add_string}  # fmt: skip
         for key, value in {**stated, **changed}.items():
             add[type(value)](f"{arch}.{key}", value)
+        writer.add_token_type_count(1 if kind == "distilbert" else 2)
         for name, x in tensors.items():
             if name.startswith("pooler.") or left_out and "token_type" in name:
                 continue

@@ -42,13 +42,14 @@ class GgufArchitecture(NamedTuple):
       multiplier: the leaf with a number for each expert that multiplies its result, or None.
       stack: the list of blocks.
       outer: the modules around the blocks: embedding, head, and what carries no adapter.
+      divided: a tensor may have divisors of the frequencies of RoPE.
       permuted: the rows of q and k are reordered in the file.
       by_head: query, key and value of each head lie side by side in Hugging Face's fused
         projection, and one kind after the other in the file.
       keys: key of the metadata, without its prefix -> the field of config.json. Without any, only
         adapters are read and written.
       own: keys that are no numbers, or that only `read` reads.
-      stated: keys with a number of each block -> the end of the leaf's name.
+      stated: whole keys with a number of each block -> the end of the leaf's name.
       read: what reads fields that are stated otherwise than in config.json, or None.
       fixed: fields of config.json that every model of the architecture has.
       rotary: the field with the share of a head that is rotated, or None.
@@ -72,6 +73,7 @@ class GgufArchitecture(NamedTuple):
     multiplier: str | None = None
     stack: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens", "lm_head", "model.norm")
+    divided: bool = False
     permuted: bool = False
     by_head: bool = False
     keys: Mapping[str, str] = {}
@@ -156,7 +158,8 @@ _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": GgufArchitecture(
-        "llama", others=(*_NORMS, *_MIXTRAL), experts="mlp.experts", permuted=True, keys=_RMS
+        "llama", others=(*_NORMS, *_MIXTRAL), experts="mlp.experts", divided=True, permuted=True,
+        keys=_RMS
     ),
     "qwen2": GgufArchitecture("qwen2", keys=_RMS),
     "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
@@ -177,13 +180,9 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys=_CHOSEN, fixed={"norm_topk_prob": False},
     ),
     "glm4moe": GgufArchitecture(
-        "glm4_moe",
-        (*_DENSE, *_SHARED_EXPERTS),
-        (*_NORMS, *_EXPERTS, *_QK_NORMS),
-        _BIASED,
-        experts="mlp.experts",
+        "glm4_moe", (*_DENSE, *_SHARED_EXPERTS), (*_NORMS, *_EXPERTS, *_QK_NORMS), _BIASED,
+        experts="mlp.experts", rotary="partial_rotary_factor",
         keys={**_GROUPED_KEYS, "nextn_predict_layers": "num_nextn_predict_layers"},
-        rotary="partial_rotary_factor",
     ),
     "dots1": GgufArchitecture(
         "dots1", (*_DENSE, *_SHARED_EXPERTS), (*_NORMS, *_EXPERTS, *_QK_NORMS), _BIASED,
@@ -191,11 +190,8 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     # V2 and V3, which differ in what their routers compute.
     "deepseek2": GgufArchitecture(
-        "deepseek_v3",
-        (*_LATENT, *_DENSE[3:], *_SHARED_EXPERTS),
-        (*_NORMS, *_EXPERTS, *_LATENT_NORMS),
-        _BIASED,
-        experts="mlp.experts",
+        "deepseek_v3", (*_LATENT, *_DENSE[3:], *_SHARED_EXPERTS),
+        (*_NORMS, *_EXPERTS, *_LATENT_NORMS), _BIASED, experts="mlp.experts",
         keys={
             **_GROUPED_KEYS, "nextn_predict_layers": "num_nextn_predict_layers",
             "attention.kv_lora_rank": "kv_lora_rank", "attention.q_lora_rank": "q_lora_rank",
@@ -213,14 +209,8 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         (*_ATTENTION, *_SPLIT, "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba",
          "linear_attn.out_proj", *_SHARED),
         (*_NORMS, *_QK_NORMS, *_DELTA, *_EXPERTS, "mlp.shared_expert_gate"),
-        _DELTA_ODD,
-        experts="mlp.experts",
-        keys=_SHARED_KEYS,
-        own=_DELTA_KEYS,
-        read=fields.delta,
-        fixed={**_SPARSE, "norm_topk_prob": True},
-        rotary="partial_rotary_factor",
-        added=1.0,
+        _DELTA_ODD, experts="mlp.experts", keys=_SHARED_KEYS, own=_DELTA_KEYS, read=fields.delta,
+        fixed={**_SPARSE, "norm_topk_prob": True}, rotary="partial_rotary_factor", added=1.0,
         joined={"linear_attn.in_proj_qkvz": (_SPLIT[0], _SPLIT[1])},
     ),
     "qwen35": GgufArchitecture(
@@ -249,7 +239,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "apertus": GgufArchitecture(
         "apertus", _UNGATED, ("attention_layernorm", "feedforward_layernorm", *_QK_NORMS),
-        keys=_RMS, own=tuple(_XIELU), stated=_XIELU, read=fields.apertus,
+        keys=_RMS, stated=_XIELU, divided=True, read=fields.apertus,
     ),
     "jais2": GgufArchitecture("jais2", _UNGATED, keys=_LAYER_NORM),
     "cohere2": GgufArchitecture(
@@ -258,14 +248,17 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
               "attention.sliding_window": "sliding_window"},
     ),
     "granite": GgufArchitecture(
-        "granite", permuted=True,
+        "granite", divided=True, permuted=True,
         keys={**_RMS, "attention.scale": "attention_multiplier",
               "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
               "logit_scale": "logits_scaling"},
     ),
-    "arcee": GgufArchitecture("arcee", _UNGATED, permuted=True, keys=_RMS),
+    "arcee": GgufArchitecture("arcee", _UNGATED, divided=True, permuted=True, keys=_RMS),
     "smollm3": GgufArchitecture("smollm3", permuted=True, keys=_RMS),
     "ernie4_5": GgufArchitecture("ernie4_5", keys=_RMS),
+    "olmo": GgufArchitecture(
+        "olmo", others=(), permuted=True, keys={**_LAYER_NORM, "attention.clamp_kqv": "clip_qkv"}
+    ),
     "olmo2": GgufArchitecture("olmo2", others=(*_AFTER, *_QK_NORMS), keys=_RMS),
     "seed_oss": GgufArchitecture("seed_oss", keys=_RMS),
     "stablelm": GgufArchitecture(
@@ -278,14 +271,12 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         stack="gpt_neox.layers",
         outer=("gpt_neox.embed_in", "embed_out", "gpt_neox.final_layer_norm"),
         by_head=True,
-        keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
-        rotary="rotary_pct",
+        keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"}, rotary="rotary_pct",
     ),
     "phi2": GgufArchitecture(
         "phi", (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"), ("input_layernorm",),
         outer=("model.embed_tokens", "lm_head", "model.final_layernorm"),
-        keys=_LAYER_NORM,
-        rotary="partial_rotary_factor",
+        keys=_LAYER_NORM, rotary="partial_rotary_factor",
     ),
     "gemma": GgufArchitecture("gemma", keys=_RMS, added=1.0),
     "gemma2": GgufArchitecture("gemma2", others=_FOUR, keys=_GEMMA, added=1.0, whole_at=46),
@@ -304,9 +295,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
          "experts.down_proj"),
         {"layer_output_scale.weight": "layer_scalar", "ffn_gate_inp.scale": "router.scale",
          "ffn_down_exps.scale": "router.per_expert_scale"},
-        experts="experts",
-        fused=True,
-        multiplier="router.per_expert_scale",
+        experts="experts", fused=True, multiplier="router.per_expert_scale",
         unadapted=("per_layer_model_projection",),
         outer=("model.embed_tokens", "lm_head", "model.norm", "model.embed_tokens_per_layer",
                "model.per_layer_model_projection", "model.per_layer_projection_norm"),
@@ -317,7 +306,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
              "attention.key_length_swa", "attention.value_length_swa", "rope.freq_base_swa",
              "rope.dimension_count_swa", "attention.head_count_kv", "feed_forward_length",
              "expert_count", "expert_used_count", "expert_feed_forward_length"),
-        read=fields.gemma4,
+        read=fields.gemma4, divided=True,
     ),
     "llama4": GgufArchitecture(
         "llama4_text",
@@ -329,7 +318,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
               "expert_used_count": "num_experts_per_tok",
               "interleave_moe_layer_step": "interleave_moe_layer_step"},
         own=("expert_feed_forward_length", "attention.sliding_window"),
-        read=fields.llama4,
+        read=fields.llama4, divided=True,
     ),
     "phi3": GgufArchitecture(
         "phi3", _FUSED, keys={**_RMS, "attention.sliding_window": "sliding_window"},
@@ -343,9 +332,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys={"attention.layer_norm_epsilon": "norm_eps"},
         own=(*_OF_TEXTS, "attention.sliding_window", "attention.sliding_window_pattern",
              "rope.freq_base_swa", "hidden_activation"),
-        read=fields.modernbert,
-        renamed=_NO_DECODER,
-        encoder=("model",),
+        read=fields.modernbert, renamed=_NO_DECODER, encoder=("model",),
     ),
     # RoBERTa too: rows of the table of positions that no token has are left out.
     "bert": GgufArchitecture(
@@ -357,10 +344,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         outer=("embeddings.word_embeddings", "lm_head", "embeddings.LayerNorm",
                "embeddings.position_embeddings", "embeddings.token_type_embeddings",
                "classifier.dense", "classifier.out_proj"),
-        keys=_LAYER_NORM,
-        own=_OF_TEXTS,
-        read=fields.bert,
-        renamed=_NO_DECODER,
+        keys=_LAYER_NORM, own=_OF_TEXTS, read=fields.bert, renamed=_NO_DECODER,
         encoder=("bert", "roberta"),
     ),
     "gpt2": GgufArchitecture(

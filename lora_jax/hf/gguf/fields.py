@@ -233,8 +233,8 @@ def bert(stated: Stated) -> dict[str, Any]:
     table = stated.shapes.get("embeddings.token_type_embeddings.weight")
     if table is None:
         raise ValueError(
-            "the tensor `token_types.weight` is missing, as in files of DistilBERT, which is read "
-            "from its Hugging Face directory alone"
+            "the tensor `token_types.weight` is missing, and `tokenizer.ggml.token_type_count` is "
+            "not 1, as in files of DistilBERT"
         )
     return {"type_vocab_size": table[0]}
 

@@ -34,6 +34,7 @@ from lora_jax.hf.gguf.experts import GATE_UP, FactorPair, apart, multiplied, mul
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.halves import halved
 from lora_jax.hf.gguf.names import Base, column_order_of, gguf_names, row_order_of
+from lora_jax.hf.gguf.places import QKV
 from lora_jax.hf.hub import is_hub_id
 from lora_jax.hf.peft.base_names import BASE_NAME, with_name
 from lora_jax.hf.peft.experts import fused
@@ -149,6 +150,12 @@ def to_gguf(
 
 def _check_applied(pairs: Mapping[str, FactorPair], base: Base) -> None:
     row = base.row
+    own = [name for name in pairs if base.fused_qkv and name.endswith(QKV)]
+    if own:
+        raise ValueError(
+            f"the base's file has queries, keys and values in one tensor, beside which llama.cpp "
+            f"takes no adapter of `{own[0]}`: convert the base without --fuse-qkv, or {_MERGE}"
+        )
     if names := [name for name in pairs if name.endswith(row.unadapted)]:
         applied = (name.rpartition(".")[2] for name in row.linears if name not in row.unadapted)
         raise ValueError(

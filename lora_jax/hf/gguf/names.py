@@ -23,6 +23,7 @@ from lora_jax.hf.gguf.experts import expert_names
 from lora_jax.hf.gguf.fields import DeltaHeads, delta_of, delta_of_file
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.layout import column_order, row_order
+from lora_jax.hf.gguf.places import QKV, places_of
 
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
@@ -33,7 +34,10 @@ ARCHITECTURE_OF: Mapping[str, str] = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "bert"),
 }
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
+TIED_BY_DEFAULT = (
+    "gemma", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "starcoder2", "cohere", "cohere2",
+    "smollm3", "ernie4_5",
+)  # fmt: skip
 
 
 class Base(NamedTuple):
@@ -48,6 +52,7 @@ class Base(NamedTuple):
       tied: the output head is the embedding table.
       delta: heads of its delta nets, or None without them.
       fused: gate and up of all experts are one tensor of the file.
+      fused_qkv: so are queries, keys and values, of which llama.cpp then takes no adapter.
     """
 
     architecture: str
@@ -58,6 +63,7 @@ class Base(NamedTuple):
     tied: bool
     delta: DeltaHeads | None = None
     fused: bool = False
+    fused_qkv: bool = False
 
     @property
     def row(self) -> GgufArchitecture:
@@ -80,7 +86,7 @@ def base_from_hf(raw: Mapping[str, Any]) -> Base:
     heads = _first(raw, "num_attention_heads", "n_head")
     # The head of words, which is the embedding table, is no part of an encoder's file.
     encoder = GGUF_ARCHITECTURES[ARCHITECTURE_OF[kind]].encoder
-    tied = not encoder and bool(raw.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT))
+    tied = not encoder and bool(raw.get("tie_word_embeddings", kind in TIED_BY_DEFAULT))
     return Base(
         architecture=ARCHITECTURE_OF[kind],
         layers=_first(raw, "num_hidden_layers", "n_layer"),
@@ -161,6 +167,7 @@ def _from_gguf(path: Path) -> Base:
         delta=delta_of_file(facts),
         fused=any(name.endswith(f"{FUSED}.weight") for name in file.tensors)
         and not GGUF_ARCHITECTURES[kind].fused,
+        fused_qkv=any(place.module in QKV and place.rows for place in places_of(file).values()),
     )
 
 

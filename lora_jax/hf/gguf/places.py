@@ -22,7 +22,7 @@ class Place(NamedTuple):
       tensor: the file's.
       module: Hugging Face's.
       expert: the number of an expert in the tensor, or None.
-      rows: those of an expert that are the weight, or None for all.
+      rows: those of an expert, or of the tensor, that are the weight, or None for all.
       turned: it is (in, out) under Hugging Face's name, where the file has (out, in).
     """
 
@@ -33,6 +33,13 @@ class Place(NamedTuple):
     turned: bool = False
 
 
+# Queries, keys and values as one tensor, which files of any decoder may have.
+FUSED_QKV = "attn_qkv"
+_TYPES = "embeddings.token_type_embeddings.weight"
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_SIZES = (
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "embedding_length",
+)  # fmt: skip
 # Modules of whose weights a file has no axis of one: dims of the weight, and which it is.
 ONE = {"linear_attn.conv1d": (3, 1), "mlp.shared_expert_gate": (2, 0)}
 
@@ -45,11 +52,16 @@ def places_of(file: Gguf) -> dict[str, Place]:
     beyond = _main_blocks(file, kind)
     for name, tensor in file.tensors.items():
         block, part, ending = _parts(name)
-        # The first holds no weight but divisors of RoPE, which `rope_divisors` reads; blocks beyond
-        # the last predict further tokens.
-        if name == "rope_freqs.weight" or block is not None and block >= beyond:
+        # The first holds no weight but divisors of RoPE, which `rope_divisors` reads, and llama.cpp
+        # reads it in some architectures only; blocks beyond the last predict further tokens.
+        divisors = row.divided and name == "rope_freqs.weight"
+        if divisors or block is not None and block >= beyond:
             continue
         module = ours.get(part)
+        if part == FUSED_QKV and module is None and QKV[0] in row.linears:
+            for each, rows in _rows_of_qkv(file, kind, name).items():
+                found[f"{row.stack}.{block}.{each}.{ending}"] = Place(name, each, rows=rows)
+            continue
         start = "" if block is None else f"{row.stack}.{block}."
         if odd := row.odd.get(f"{part}.{ending}"):
             found[f"{start}{odd}"] = Place(name, odd)
@@ -72,16 +84,31 @@ def places_of(file: Gguf) -> dict[str, Place]:
     return found
 
 
+def _rows_of_qkv(file: Gguf, kind: str, name: str) -> dict[str, slice]:
+    """The rows of queries, keys and values in the tensor that `--fuse-qkv` makes of the three."""
+    sizes = [file.metadata.get(f"{kind}.{key}") for key in _SIZES]
+    heads, pairs, size, width = (n if type(n) is int and n > 0 else 0 for n in sizes)
+    size = size or (width // heads if heads else 0)
+    ends = np.cumsum([0, heads, pairs or heads, pairs or heads]) * size
+    if ends[-1] != (rows := file.tensors[name].shape[0]):
+        raise ValueError(
+            f"{file.path}: tensor `{name}` has {rows} rows, expected {ends[-1]}, those of its "
+            "queries, keys and values"
+        )
+    return {module: slice(int(ends[i]), int(ends[i + 1])) for i, module in enumerate(QKV)}
+
+
 def stated_numbers(file: Gguf) -> dict[str, np.ndarray]:
-    """The weights that a file states in its metadata, a number of each block.
+    """The weights that a file states in its metadata, a number of each block, or has not.
 
     Raises:
       ValueError: a key missing, or without a number for each block.
     """
     kind = gguf_architecture(file.metadata, file.path)
     row, found = GGUF_ARCHITECTURES[kind], {}
+    blocks = file.metadata.get(f"{kind}.block_count")
     for key, leaf in row.stated.items():
-        blocks, each = (file.metadata.get(f"{kind}.{name}") for name in ("block_count", key))
+        each = file.metadata.get(key)
         # llama.cpp takes one number for all blocks too.
         each = [each] * blocks if isinstance(each, float) and type(blocks) is int else each
         if not isinstance(each, list) or len(each) != blocks or not np.isfinite(each).all():
@@ -93,7 +120,15 @@ def stated_numbers(file: Gguf) -> dict[str, np.ndarray]:
         shape = (1,) if "alpha" in key else ()
         for block, number in enumerate(each):
             found[f"{row.stack}.{block}.{leaf}"] = np.full(shape, number, np.float32)
+    table, words = "token_types.weight", file.tensors.get("token_embd.weight")
+    if kind == "bert" and words and table not in file.tensors and _without_types(file):
+        found[_TYPES] = np.zeros((1, words.shape[-1]), np.float32)
     return found
+
+
+def _without_types(file: Gguf) -> bool:
+    """Whether it is a DistilBERT's: llama.cpp has it as a BERT whose tokens are of one type."""
+    return file.metadata.get("tokenizer.ggml.token_type_count") == 1
 
 
 def inside_of(file: Gguf, place: Place) -> tuple[int, ...]:
@@ -186,7 +221,7 @@ def order_of(file: Gguf, place: Place) -> np.ndarray | None:
     kind = gguf_architecture(file.metadata, file.path)
     heads = file.metadata[f"{kind}.attention.head_count"]
     kv_heads = file.metadata.get(f"{kind}.attention.head_count_kv", heads)
-    rows = file.tensors[place.tensor].shape[0]
+    rows = inside_of(file, place)[0]
     with _named(file, place):
         delta = delta_heads(file)
         return row_order(kind, place.module, rows, heads=heads, kv_heads=kv_heads, delta=delta)

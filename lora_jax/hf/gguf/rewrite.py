@@ -77,12 +77,16 @@ def _one(file: Gguf, place: Place, numbers: np.ndarray) -> np.ndarray:
     there = there if columns is None else there[:, columns]
     tensor, part = file.tensors[place.tensor], ()
     skipped = 0  # rows
+    inside = place.rows or slice(0, there.shape[0])
     if place.expert is not None:  # all experts are one tensor
-        inside = place.rows or slice(0, tensor.shape[1])
         part = (slice(place.expert, place.expert + 1), inside, slice(0, there.shape[1]))
         skipped = place.expert * tensor.shape[1] + inside.start
+    elif place.rows is not None:
+        part = (inside, *(slice(0, n) for n in there.shape[1:]))
+        skipped = inside.start
     raw = _encoded(file, place.tensor, np.ascontiguousarray(there))
-    width = tensor.size // math.prod(tensor.shape[:-1])
+    width = tensor.size // math.prod(tensor.shape[:-1] or tensor.shape)
+    width = width if there.ndim > 1 else tensor.size // tensor.shape[0]
     with Path(file.path).open("r+b") as out:
         out.seek(tensor.start + skipped * width)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)

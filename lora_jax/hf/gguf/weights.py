@@ -113,12 +113,16 @@ def _plain(file: Gguf, theirs: Mapping[str, Place]) -> Weights:
             found = np.argsort(order)[rows], *rest
         if found and columns_of(file, place) is not None:
             found = found[0], slice(0, sizes[name][1])
-        if place.expert is None:
+        if place.expert is None and place.rows is None:
             return found
         rows, *rest = found or tuple(slice(0, n) for n in sizes[name])
-        if place.rows is not None:
-            rows = slice(rows.start + place.rows.start, rows.stop + place.rows.start)
-        return slice(place.expert, place.expert + 1), rows, *rest
+        first = place.rows.start if place.rows is not None else 0
+        if isinstance(rows, slice):
+            rows = slice(rows.start + first, rows.stop + first)
+        else:  # in an order
+            rows = rows + first
+        expert = () if place.expert is None else (slice(place.expert, place.expert + 1),)
+        return *expert, rows, *rest
 
     def one(name: str, found: np.ndarray) -> np.ndarray:
         return found if theirs[name].expert is None else found[0]
@@ -174,6 +178,15 @@ def _joined(file: Gguf, halves: Halves, first: np.ndarray, second: np.ndarray) -
 
 def _joined_shape(file: Gguf, halves: Halves, shapes: Mapping[str, Any]) -> tuple[int, ...]:
     first, second = (shapes[name] for name in halves[:2])
+    if halves.latent:
+        fit = len(first) == len(second) == 3 and (first[0], first[1]) == (second[0], second[2])
+    else:
+        fit = len(first) == len(second) == 2 and first[1] == second[1]
+    if not fit:
+        raise ValueError(
+            f"{file.path}: the two tensors of `{halves.module}` have shapes {first} and {second}, "
+            "which do not fit together; the file is damaged"
+        )
     if not halves.latent:
         return first[0] + second[0], first[1]
     return second[0] * (first[2] + second[1]), second[2]

@@ -19,7 +19,8 @@ from lora_jax.hf.gguf.fields import Stated, short
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
-from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, read_base
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF, TIED_BY_DEFAULT, Base, read_base
+from lora_jax.models.families import DIALECTS
 from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
 from lora_jax.quant.array import is_quant
@@ -49,6 +50,11 @@ def test_every_family_is_tested():
     rows = GGUF_ARCHITECTURES.values()
     others = {"mixtral", "deepseek_v2", "glm4_moe_lite"}
     assert {*CASES, "modernbert", "bert"} == {r.model_type for r in rows if r.keys} | others
+
+
+def test_families_whose_tables_are_heads_by_default():
+    tied = {n for n, d in DIALECTS.items() if d.defaults.get("tie_word_embeddings")}
+    assert set(TIED_BY_DEFAULT) == {"gpt2"} | tied & set(ARCHITECTURE_OF)
 
 
 @pytest.mark.parametrize("family", EACH)
@@ -356,7 +362,7 @@ def test_an_encoders_file_is_held_given_a_head_and_merged(tmp_path):
     [
         ("modernbert", {"attention.causal": True}, "`attention.causal` is true"),
         ("modernbert", {"attention.sliding_window_pattern": 0}, "must be a whole number above 0"),
-        ("bert", {"token_types": None}, "`token_types.weight` is missing, as in files of Distil"),
+        ("bert", {"token_types": None}, "`token_types.weight` is missing, and `tokenizer.ggml"),
     ],
 )
 def test_encoders_that_are_not_read_are_refused(kind, fact, text, tmp_path):
@@ -376,3 +382,65 @@ def test_adapters_of_an_encoder_have_its_names_inside_a_head(tmp_path):
     write_gguf_lora(tmp_path / "a.gguf", found, base)
     _, back = read_gguf_lora(tmp_path / "a.gguf", base=base)
     assert set(back) == {f"base_model.model.layers.1.attn.Wqkv.lora_{x}.weight" for x in "AB"}
+
+
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_divisors_of_frequencies_that_llama_cpp_does_not_read_are_refused(family, tmp_path):
+    """llama.cpp counts the tensors that it reads: it refuses a file with others."""
+    write(tmp_path / "m.gguf", family, more={"rope_freqs.weight": np.ones(4, np.float32)})
+    with pytest.raises(ValueError, match="tensor `rope_freqs.weight` has no place in a decoder"):
+        models.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "tensor, shape", [("attn_v_b", (64, 32)), ("attn_v_b", (4, 16, 32, 1)), ("attn_k_b", (32, 32))]
+)
+def test_halves_that_do_not_fit_are_one_sentence(tensor, shape, tmp_path):
+    more = {f"blk.0.{tensor}.weight": np.ones(shape, np.float32)}
+    write(tmp_path / "m.gguf", "deepseek_v3", more=more)
+    with pytest.raises(ValueError, match=r"m.gguf: the two tensors of `self_attn.kv_b_proj` have"):
+        models.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+)
+def test_queries_keys_and_values_in_one_tensor(family, tmp_path):
+    """As `convert_hf_to_gguf.py --fuse-qkv` writes them."""
+    (tmp_path / "floats").mkdir()
+    _, params = write(tmp_path / "floats/m.gguf", family, one_qkv=True)
+    loaded = models.load(tmp_path / "floats/m.gguf")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    path = tmp_path / "m.gguf"
+    write(path, family, GGMLQuantizationType.Q8_0, one_qkv=True)
+    held, floats = models.load(path, quantize="file"), models.load(path)
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    config = config_with(target_modules=("k_proj",))
+    tree = adapted(held, config)
+    save_requantized(tmp_path / "out.gguf", held, tree)
+    back, merged = models.load(tmp_path / "out.gguf").params, lora.merge(tree)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(merged), strict=True):
+        # Q8_0 rounds to 1/254 of the largest number of a block, by a scale in float16.
+        np.testing.assert_allclose(got, want, atol=float(jnp.abs(want).max()) / 250)
+    assert read_base(path).fused_qkv
+    with pytest.raises(ValueError, match="in one tensor, beside which llama.cpp takes no adapter"):
+        save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base_of(held))
+
+
+def test_one_tensor_of_other_sizes_is_refused(tmp_path):
+    write(tmp_path / "m.gguf", "llama", one_qkv=True, more={
+        "blk.0.attn_qkv.weight": np.ones((60, 32), np.float32)
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="`blk.0.attn_qkv.weight` has 60 rows, expected 64, those"):
+        models.load(tmp_path / "m.gguf")
+
+
+def test_a_distilbert_is_read_as_a_bert_of_one_type(tmp_path):
+    model, params = write_encoder(tmp_path / "m.gguf", "distilbert", {})
+    loaded = models.load_encoder(tmp_path / "m.gguf")
+    assert loaded.config.model_type == "bert" and loaded.config.type_vocab_size == 1
+    mask = jnp.arange(8) < jnp.array([[8], [5]])
+    got, want = (
+        m.apply(p, TOKENS, mask=mask) for m, p in ((loaded, loaded.params), (model, params))
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
