@@ -130,7 +130,9 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
     kind = metadata["tokenizer.ggml.model"]
     if kind == "llama":
         tokens = _texts(metadata, "tokens", path)
-        return _sentence_pieces(metadata, tokens, _scored(metadata, tokens, path), path)
+        # Source: llama.cpp's `llm_tokenizer_spm`, and transformers' `generate_merges`.
+        merges = _merges_of(tokens, _scores(metadata, tokens, path))
+        return _sentence_pieces(metadata, tokens, merges, path)
     if kind == "gemma4":
         # llama.cpp puts BOS before a text of this kind, whatever a file states.
         metadata = {"tokenizer.ggml.add_space_prefix": False, **metadata,
@@ -138,11 +140,14 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
         return _sentence_pieces(metadata, *_tables(metadata, path), path)
     if kind == "bert":
         return _word_pieces(metadata, path)
+    if kind == "t5":
+        # llama.cpp puts EOS behind a text of this kind where the file does not decide it.
+        return _unigram({"tokenizer.ggml.add_eos_token": True, **metadata}, path)
     if kind != "gpt2":
         raise ValueError(
             f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
-            "(byte-level BPE), `llama` (SentencePiece), `bert` (WordPiece) and `gemma4`; load the "
-            "model from its Hugging Face directory"
+            "(byte-level BPE), `llama` (SentencePiece), `bert` (WordPiece), `t5` (Unigram) and "
+            "`gemma4`; load the model from its Hugging Face directory"
         )
     name = str(metadata.get("tokenizer.ggml.pre"))
     # No default: a wrong split gives valid tokens that the model never saw.
@@ -206,18 +211,12 @@ def _word_pieces(metadata: Mapping[str, Any], path: Path) -> Any:
     return wordpiece.of_pieces({piece: n for n, piece in enumerate(pieces)}, flags, found)
 
 
-def _scored(
-    metadata: Mapping[str, Any], tokens: Sequence[str], path: Path
-) -> list[tuple[str, str]]:
-    """The merges of tokens that have scores.
-
-    Source: llama.cpp's `llm_tokenizer_spm`, and transformers' `generate_merges`.
-    """
+def _scores(metadata: Mapping[str, Any], tokens: Sequence[str], path: Path) -> Sequence[float]:
     found = metadata.get("tokenizer.ggml.scores")
     scores = [x for x in found if isinstance(x, int | float)] if isinstance(found, list) else []
     if len(scores) != len(tokens):
         raise ValueError(f"{path}: the tokenizer does not give every token its score")
-    return _merges_of(tokens, scores)
+    return scores
 
 
 def _sentence_pieces(
@@ -246,6 +245,34 @@ def _sentence_pieces(
     )
     _add_special(tokenizer, metadata, tokens, path)
     around = _around(metadata, tokens, bos=True)
+    if around is not None:
+        tokenizer.post_processor = around
+    return tokenizer
+
+
+def _unigram(metadata: Mapping[str, Any], path: Path) -> Any:
+    """XLM-R's and T5's: the likeliest pieces of each word, by their scores."""
+    library, tokens = require("tokenizers"), _texts(metadata, "tokens", path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    if special_token(metadata, tokens, "unknown_token_id") is None:
+        raise ValueError(f"{path}: `tokenizer.ggml.unknown_token_id` is {unknown!r}, no token's")
+    pieces = list(zip(tokens, _scores(metadata, tokens, path), strict=True))
+    tokenizer = library.Tokenizer(library.models.Unigram(pieces, unknown, False))
+    if characters := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        try:
+            tokenizer.normalizer = library.normalizers.Precompiled(bytes(characters))
+        except Exception:  # the library's own class
+            raise ValueError(
+                f"{path}: `tokenizer.ggml.precompiled_charsmap` is no map of characters"
+            ) from None
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "always" if prefix else "never"
+    words = library.pre_tokenizers
+    marks = words.Metaspace(_SPACE, prepend_scheme=scheme, split=True)
+    tokenizer.pre_tokenizer = words.Sequence([words.WhitespaceSplit(), marks])
+    tokenizer.decoder = library.decoders.Metaspace(_SPACE, prepend_scheme=scheme, split=True)
+    _add_special(tokenizer, metadata, tokens, path)
+    around = _around(metadata, tokens, bos=False)
     if around is not None:
         tokenizer.post_processor = around
     return tokenizer

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, pre_tokenizers
 
 from lora_jax.hf.tokenizer import from_directory
+from lora_jax.hf.tokenizer.tokenizer import from_gguf
 
 from tests.support.their_tokenizers import NAMES, around, backend_of, transformers_reads
 
@@ -280,3 +281,33 @@ def test_the_models_end_token_wins_over_the_classes(tmp_path):
     config = {"model_type": "qwen2", "eos_token_id": 2}
     ours = from_directory(write(tmp_path, backend_of("byte_level"), {}, config=config))
     assert (ours.eos_id, ours.special["eos_token"]) == (2, "</s>")
+
+
+def test_the_unigram_of_a_gguf_is_that_of_the_directory(tmp_path):
+    """As llama.cpp's converter writes XLM-R's, whose unknown piece has the number 3."""
+    backend = backend_of("unigram")
+    pieces = json.loads(backend.to_str())["model"]["vocab"]
+    settings = {"tokenizer_class": "XLMRobertaTokenizerFast", **NAMES}
+    theirs = from_directory(write(tmp_path, backend, settings, "<s> $A </s>"))
+    tokens = [piece for piece, _ in pieces]
+    keys = {
+        "model": "t5", "tokens": tokens, "scores": [score for _, score in pieces],
+        "token_type": [3 if token in NAMES.values() else 1 for token in tokens],
+        "unknown_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True,
+    }  # fmt: skip
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    ours = from_gguf(metadata, path=tmp_path / "a.gguf")
+    assert ours is not None
+    for text in (*TEXTS[:3], "", "<s>hello world</s> x"):
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    plain = from_gguf({**metadata, "tokenizer.ggml.add_space_prefix": False}, path=tmp_path)
+    assert plain is not None and plain.encode("The fox") != ours.encode("The fox")
+    for key, value, message in (
+        ("precompiled_charsmap", [1, 2, 3], "`tokenizer.ggml.precompiled_charsmap` is no map"),
+        ("precompiled_charsmap", [999], "`tokenizer.ggml.precompiled_charsmap` is no map"),
+        ("unknown_token_id", 10**6, "`tokenizer.ggml.unknown_token_id` is 1000000, no token's"),
+        ("scores", [0.5], "does not give every token its score"),
+    ):
+        with pytest.raises(ValueError, match=f"a.gguf: .*{message}"):
+            from_gguf({**metadata, f"tokenizer.ggml.{key}": value}, path=tmp_path / "a.gguf")
