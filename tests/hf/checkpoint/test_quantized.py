@@ -21,6 +21,8 @@ from lora_jax.quant.array import is_quant
 from tests.support.gguf_files import adapted, config_with
 from tests.support.quantized_files import (
     CASES,
+    METHODS,
+    float8,
     in_groups,
     in_squares,
     saved,
@@ -45,6 +47,48 @@ def test_a_weight_has_the_numbers_of_its_format(case, tmp_path):
     bytes_ = sum(x.numel() * x.element_size() for x in tensors.values())
     # A float for an output is 1 % of 384 inputs.
     assert q.nbytes <= 1.02 * bytes_
+
+
+# `quantization_config` and what makes the tensors of a projection, with any numbers.
+TENSORS = {"quant_method": "compressed-tensors"}
+WHOLE = {
+    **METHODS,
+    "fp8 of one scale": (
+        {"quant_method": "fp8"},
+        lambda rng, w: {"weight": float8(rng, w.shape), "weight_scale_inv": torch.tensor(0.003)},
+    ),
+    "fp8 of outputs": (
+        {**TENSORS, "format": "float-quantized"},
+        lambda rng, w: {
+            "weight": float8(rng, w.shape), "weight_scale": torch.ones(len(w), 1).bfloat16()
+        },
+    ),
+    "int8": (
+        {**TENSORS, "format": "int-quantized"},
+        lambda rng, w: {
+            "weight": torch.ones(w.shape, dtype=torch.int8), "weight_scale": torch.ones(len(w), 1)
+        },
+    ),
+    "nvfp4": (
+        {**TENSORS, "format": "nvfp4-pack-quantized"},
+        lambda rng, w: {
+            "weight_packed": torch.ones(len(w), w.shape[1] // 2, dtype=torch.uint8),
+            "weight_scale": float8(rng, (len(w), w.shape[1] // 16)),
+            "weight_global_scale": torch.tensor([37.5]),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_whole_model_takes_the_bytes_of_its_file(method, tmp_path):
+    directory = tiny(tmp_path / "m", *WHOLE[method], width=384)
+    held = models.load(directory, quantize="file")
+    leaves = jax.tree.leaves(held.params, is_leaf=is_quant)
+    assert sum(map(is_quant, leaves)) == 7
+    # A float for an output, where the file has one for the whole weight.
+    file = (directory / "model.safetensors").stat().st_size
+    assert sum(x.nbytes for x in leaves) <= 1.02 * file
 
 
 def test_experts_of_mxfp4_have_transformers_numbers(tmp_path):
