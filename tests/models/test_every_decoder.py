@@ -16,8 +16,10 @@ from lora_jax.quant.loading import is_kernel
 from lora_jax.recipes.finetune import plan_model
 from lora_jax.train.examples import Example
 
+from tests.support.decoder_checks import check_steps_of
 from tests.support.decoders import FAMILIES, family
 from tests.support.random_arrays import moved
+from tests.support.torch_models import texts
 
 # Matrices that one axis of the mesh does not divide stay whole; ranks above a matrix' are left out.
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore")]
@@ -57,6 +59,15 @@ def test_a_quantized_base_has_the_gradients_of_its_numbers(kind, format):
     # The same numbers, multiplied in another order.
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_steps_over_a_cache_are_the_whole_text(kind):
+    model = family(kind)
+    for padding, new in (("left", 1), ("right", 4)):
+        tokens, mask = texts(padding)
+        check_steps_of(model, tokens % 61, mask, new)
 
 
 # The meshes, for the page of families. GPT-2's weights have no rules of their own for `tensor`.

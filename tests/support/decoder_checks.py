@@ -60,8 +60,11 @@ def check_greedy_text(saved, place, case, *lengths, count=16):
 
 def check_steps(saved, case, padding, new):
     """Calls of so many new tokens over a cache give the logits of the whole text."""
-    model = models.load(saved(case)[1])
-    tokens, mask = texts(padding)
+    check_steps_of(models.load(saved(case)[1]), *texts(padding), new)
+
+
+def check_steps_of(model, tokens, mask, new):
+    """As `check_steps`, of a model; texts of 12 tokens."""
     whole = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     cache, step, parts = model.init_cache(3, 12), quick_jit(model.apply), []
     for at in range(0, 12, new):

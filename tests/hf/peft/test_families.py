@@ -65,6 +65,12 @@ FAMILIES = {
         rotary_pct=0.5,
     ),
     "phi": dict(ADAPTED_SIZES, model_type="phi"),
+    # Its norms enlarge rounding, most where weights are large.
+    "olmo": dict(ADAPTED_SIZES, model_type="olmo", clip_qkv=0.5, initializer_range=0.1),
+    "granite_swa": dict(
+        ADAPTED_SIZES, model_type="granite_swa", sliding_window=4, attention_multiplier=0.2
+    ),
+    "vaultgemma": dict(ADAPTED_SIZES, model_type="vaultgemma", head_dim=8, sliding_window=4),
     "apertus": dict(ADAPTED_SIZES, model_type="apertus", head_dim=8),
     "cwm": dict(ADAPTED_SIZES, model_type="cwm", head_dim=8, sliding_window=4),
     "hyperclovax": dict(ADAPTED_SIZES, model_type="hyperclovax", residual_multiplier=0.5),
@@ -124,6 +130,9 @@ LATER = (
     "qwen3_5_text",
     "gemma4",
     "llama4",
+    "olmo",
+    "granite_swa",
+    "vaultgemma",
     "apertus",
     "cwm",
     "hyperclovax",
@@ -149,6 +158,8 @@ MODULES = {
     "phi": ("q_proj", "fc2", "embed_tokens", "input_layernorm"),
     "llama4": ("q_proj", "shared_expert.down_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
+    "olmo": ("q_proj", "down_proj", "embed_tokens", "mlp.up_proj"),  # its norms have no parameters
+    "vaultgemma": ("q_proj", "down_proj", "embed_tokens", "pre_feedforward_layernorm"),
     "apertus": ("q_proj", "down_proj", "embed_tokens", "feedforward_layernorm"),
     "youtu": ("kv_b_proj", "down_proj", "embed_tokens", "post_attention_layernorm"),
 }
