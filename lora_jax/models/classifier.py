@@ -35,10 +35,10 @@ _TRANSFORMER = (
 )  # fmt: skip
 # Decoders of which transformers has no class that classifies texts.
 _WITHOUT = (
-    "apertus", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "exaone_moe", "flex_olmo",
-    "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite", "granite_swa", "hyperclovax",
-    "internlm3", "iquestcoder", "jais2", "llama4_text", "mellum", "olmoe", "qwen3_5_moe_text",
-    "solar_open", "vaultgemma", "youtu",
+    "apertus", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite", "granite_swa",
+    "granitemoe", "granitemoe_swa", "hyperclovax", "internlm3", "iquestcoder", "jais2",
+    "llama4_text", "mellum", "olmoe", "qwen3_5_moe_text", "solar_open", "vaultgemma", "youtu",
 )  # fmt: skip
 
 

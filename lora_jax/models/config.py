@@ -117,6 +117,7 @@ class LlamaConfig:
       norm_offset: norms multiply by `1 + scale`.
       norm_centered: norms subtract the mean first.
       norm_bias: norms that are centered add a bias.
+      norm_plain: norms that are centered have no parameters.
       norm_wide: norms multiply in float32 and round once, which shows in 16 bits.
       parallel_mlp: the MLP reads what the attention reads, each with its norm or both with the one
         before the attention, and both are added at once.
@@ -211,6 +212,7 @@ class LlamaConfig:
     norm_offset: bool = False
     norm_centered: bool = False
     norm_bias: bool = False
+    norm_plain: bool = False
     norm_wide: bool = False
     parallel_mlp: bool = False
     norms: Norms = BEFORE

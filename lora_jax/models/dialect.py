@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lora_jax.hf.checkpoint import quantized
 from lora_jax.hf.checkpoint.names import LLAMA, Family
 from lora_jax.models.ranges import COUNT, check_range
-from lora_jax.models.rope import scaling_from_hf
+from lora_jax.models.rope import scaling_from_hf, scaling_to_hf
 from lora_jax.paths import nearest
 
 ROPES = ("rope_scaling", "rope_parameters")  # the fields with an object of RoPE
@@ -109,6 +109,18 @@ def read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
+def write_two_ropes(config: Any) -> dict[str, Any]:
+    """The reverse of `read_two_ropes`, as transformers 5 has them."""
+    # Of the flat fields it takes the base for blocks without a window only.
+    scaling = scaling_to_hf(config.rope_scaling) or {"rope_type": "default"}
+    local = config.rope_local_base_freq or config.rope_theta
+    ropes = {
+        FULL: {**scaling, "rope_theta": config.rope_theta},
+        SLIDING: {"rope_type": "default", "rope_theta": local},
+    }
+    return {"rope_parameters": ropes}
+
+
 def without_mrope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of RoPE that concern texts, of which the three positions of a token are equal."""
     images = ("mrope_section", "mrope_interleaved")
@@ -197,12 +209,19 @@ class Routing(NamedTuple):
       chosen: groups that a token's experts come from.
       scale: factor of the weights.
       softmax: the weights are a softmax over all experts, in place of a sigmoid of each.
+      statics: beside a softmax too there is a bias, of one row, which decides the choice alone.
     """
 
     groups: int
     chosen: int
     scale: float
     softmax: bool = False
+    statics: bool = False
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias decides the choice."""
+        return self.statics or not self.softmax
 
 
 class Dialect(NamedTuple):

@@ -228,8 +228,10 @@ class MixtureMLP(nnx.Module):
         )
         setattr(self, self.name, router)
         self.routing = config.routing
-        if self.routing is not None and not self.routing.softmax:
-            bias = jnp.zeros((config.num_experts,), param_dtype)
+        self.biased = self.routing is not None and self.routing.biased
+        if self.routing is not None and self.biased:
+            rows = (1,) if self.routing.statics else ()
+            bias = jnp.zeros((*rows, config.num_experts), param_dtype)
             setattr(router, "e_score_correction_bias", nnx.Param(bias))  # noqa: B010
         self.shared = config.modules.shared if config.shared_expert_size else ""
         self.shared_gate = config.shared_gate
@@ -266,8 +268,8 @@ class MixtureMLP(nnx.Module):
             chosen = choose_experts(flat, self.count, normalized=self.normalized)
         else:
             bias = None
-            if not self.routing.softmax:
-                bias = getattr(self, self.name).e_score_correction_bias.get_value()
+            if self.biased:
+                bias = getattr(self, self.name).e_score_correction_bias.get_value().reshape(-1)
             chosen = choose_grouped(
                 flat, bias, self.count, self.routing, normalized=self.normalized
             )

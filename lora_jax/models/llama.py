@@ -29,7 +29,7 @@ from lora_jax.models.experts import Experts, Load, MixtureMLP
 from lora_jax.models.heads import DECODER_HEADS
 from lora_jax.models.latent import LatentAttention
 from lora_jax.models.layers import Embedding, LayerNorm, RMSNorm, logits_of, stack_of
-from lora_jax.models.llama_parts import MLP, Attention, norm_of
+from lora_jax.models.llama_parts import MLP, Attention, PlainNorm, norm_of
 from lora_jax.models.turns import turns_of
 
 
@@ -181,7 +181,7 @@ class Decoder(nnx.Module):
         return getattr(self, self.names.table)
 
     @property
-    def last_norm(self) -> RMSNorm | LayerNorm:
+    def last_norm(self) -> RMSNorm | LayerNorm | PlainNorm:
         """The norm after the last block."""
         return getattr(self, self.names.last_norm)
 

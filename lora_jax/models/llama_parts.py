@@ -209,9 +209,20 @@ class HeadNorms(nnx.Module):
         return self.norms(x)
 
 
+class PlainNorm(nnx.Module):
+    """`LayerNorm` without parameters."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        wide = x.astype(jnp.float32)
+        return normal(wide - jnp.mean(wide, axis=-1, keepdims=True), self.eps).astype(x.dtype)
+
+
 def head_norm_of(
     config: LlamaConfig, heads: int, size: int, param_dtype: DTypeLike
-) -> RMSNorm | LayerNorm | HeadNorms:
+) -> RMSNorm | LayerNorm | PlainNorm | HeadNorms:
     """The norm of the queries, or of the keys, of so many heads of one size."""
     if config.qk_norm_whole:
         return norm_of(config, heads * size, param_dtype)
@@ -224,8 +235,12 @@ def head_norm_of(
     return HeadNorms(norm) if config.modules.head_norms_numbered else norm
 
 
-def norm_of(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | LayerNorm:
+def norm_of(
+    config: LlamaConfig, size: int, param_dtype: DTypeLike
+) -> RMSNorm | LayerNorm | PlainNorm:
     """The norm of a configuration, of so many numbers."""
+    if config.norm_plain:
+        return PlainNorm(config.rms_norm_eps)
     if config.norm_bias:
         return LayerNorm(
             size, eps=config.rms_norm_eps, param_dtype=param_dtype, offset=config.norm_offset

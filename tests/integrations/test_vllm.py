@@ -40,8 +40,9 @@ ARCHITECTURES = {
 MIXTURES = "mixtral qwen3_moe deepseek_v3 llama4_text gemma4_text gpt_oss qwen3_5_moe_text".split()
 # Not compared with this release of vLLM.
 LATER = {
-    "apertus", "cwm", "dots1", "exaone_moe", "flex_olmo", "hyperclovax", "internlm3",
-    "iquestcoder", "jais2", "ministral3", "nemotron", "solar_open", "vaultgemma", "youtu",
+    "apertus", "cwm", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "granite_swa",
+    "granitemoe", "granitemoe_swa", "hyperclovax", "internlm3", "iquestcoder", "mellum", "olmo",
+    "jais2", "ministral3", "nemotron", "solar_open", "vaultgemma", "youtu",
 }  # fmt: skip
 REFUSED = {"gpt2", "stablelm", "ministral", "helium"}
 

@@ -25,6 +25,16 @@ YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, high_freq_factor=4.0)
 NEOX = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"}
 CASES = {
+    "olmo": dict(SIZES, model_type="olmo", clip_qkv=0.5, attention_bias=True),
+    "granite_swa": dict(
+        SIZES, **WINDOW, model_type="granite_swa", layer_types=[SLIDING, FULL, SLIDING],
+        layer_rope_theta=[300.0, 500.0, 300.0], attention_multiplier=0.2, residual_multiplier=0.4,
+        attention_bias=True,
+    ),
+    "granite_swa that rotates in windows": dict(
+        SIZES, **WINDOW, model_type="granite_swa", num_hidden_layers=5,
+        layer_rope_theta=[0, 300.0, 300.0, 300.0, 0],
+    ),
     "olmo2": dict(SIZES, model_type="olmo2"),
     "olmo3": dict(
         SIZES, **WINDOW, model_type="olmo3", layer_types=[SLIDING, FULL, SLIDING],
@@ -140,6 +150,7 @@ ONE_EACH = (
     "phi",
 )
 NEWER = (
+    "olmo", "granite_swa", "granite_swa that rotates in windows",
     "apertus", "cwm", "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nemotron",
     "vaultgemma", "youtu",
 )  # fmt: skip
@@ -208,6 +219,10 @@ PUBLIC = {
         model_type="smollm3", max_window_layers=28, no_rope_layer_interval=4, pretraining_tp=2,
         no_rope_layers=[1, 1, 1, 0], layer_types=[FULL] * 4, sliding_window=None,
         use_sliding_window=False, mlp_bias=False, rms_norm_eps=1e-6, rope_theta=5e6,
+    ),
+    "OLMo-1B": dict(
+        model_type="olmo", clip_qkv=None, hidden_act="silu", pretraining_tp=1, rope_theta=10000.0,
+        tie_word_embeddings=True, pad_token_id=1, eos_token_id=50279,
     ),
     "granite-3.0-2b": dict(
         model_type="granite", attention_dropout=0.1, attention_multiplier=0.015625,
@@ -385,12 +400,21 @@ def test_ministral3_is_read_inside_of_mistral3():
             dict(model_type="ministral3", rope_parameters=dict(YARN)),
             "`rope_parameters` lacks `llama_4_scaling_beta`",
         ),
+        (
+            dict(model_type="granite_swa", layer_rope_theta=[1, 2, 3], sliding_window=4),
+            "`layer_rope_theta` .* must be one number for blocks with a window",
+        ),
+        (
+            dict(model_type="granite_swa", layer_rope_theta=[300.0, 0, 0], sliding_window=4),
+            "those with a window must be those that do",
+        ),
+        (dict(model_type="olmo", layer_norm_eps=1e-6), "`layer_norm_eps` = 1e-06 is not supported"),
         (dict(model_type="cohere2", rotary_pct=0.5), "`rotary_pct` = 0.5 is not supported"),
         (dict(model_type="smollm3", use_sliding_window=True), "`use_sliding_window` is not"),
         (dict(model_type="smollm3", no_rope_layers=[1]), "1 `rope_layers` for 3"),
         (dict(model_type="phi", tie_word_embeddings=True), "`tie_word_embeddings` = True is not"),
         (dict(model_type="starcoder2", norm_type="rms_norm"), "`norm_type` = 'rms_norm' is not"),
-        (dict(model_type="olmo4"), "nearest: `olmo2`.* see guides/name-map"),
+        (dict(model_type="olmo4"), "nearest: `olmo`.* see guides/name-map"),
     ],
 )
 def test_what_differs_is_refused(fields, message):

@@ -130,6 +130,39 @@ CASES |= {
         **LATENT, "model_type": "glm4_moe_lite", "q_lora_rank": 16, "v_head_dim": 12,
         "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2,
     },
+    "granitemoe": dict(
+        SIZES, model_type="granitemoe", num_local_experts=4, num_experts_per_tok=2,
+        embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=1.5,
+        attention_multiplier=0.2,
+    ),
+    "granitemoe_swa": dict(
+        SIZES, model_type="granitemoe_swa", num_local_experts=4, num_experts_per_tok=2,
+        attention_multiplier=0.2, sliding_window=4, num_hidden_layers=5,
+    ),
+    "mellum": dict(
+        SIZES, model_type="mellum", head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=12, sliding_window=4, attention_bias=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="yarn", factor=8.0, original_max_position_embeddings=8, rope_theta=500.0
+            ),
+            "sliding_attention": dict(rope_type="default", rope_theta=300.0),
+        },
+    ),
+    "mellum by default": dict(
+        SIZES, model_type="mellum", head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=12, norm_topk_prob=False,
+    ),
+    "ernie4_5_moe": dict(
+        SIZES, model_type="ernie4_5_moe", moe_num_experts=6, moe_k=3, moe_intermediate_size=12,
+    ),
+    "ernie4_5_moe in turns": dict(
+        SIZES, model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=12,
+        moe_num_shared_experts=0, moe_layer_interval=2, moe_layer_start_index=0,
+        moe_layer_end_index=4, num_hidden_layers=5, tie_word_embeddings=False,
+    ),
     "flex_olmo": dict(SIZES, model_type="flex_olmo", num_experts=4, num_experts_per_tok=2),
     "dots1": dict(
         SIZES, **GROUPS, model_type="dots1", head_dim=8, n_shared_experts=1, sliding_window=4,
@@ -146,7 +179,10 @@ CASES |= {
         rope_interleave=False, attention_bias=True,
     ),
 }  # fmt: skip
-NEWER = ("flex_olmo", "dots1", "exaone_moe", "solar_open")
+NEWER = (
+    "granitemoe", "granitemoe_swa", "mellum", "ernie4_5_moe", "ernie4_5_moe in turns", "flex_olmo",
+    "dots1", "exaone_moe", "solar_open",
+)  # fmt: skip
 ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits", "gpt_oss", "deepseek_v3")
 
 

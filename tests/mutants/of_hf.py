@@ -354,7 +354,7 @@ FAULTS = [
     *in_file(
         "hf/gguf/names.py",
         "tests/hf/gguf/test_lora_write.py",
-        ('"tie_word_embeddings", kind in _TIED_BY_DEFAULT)', '"tie_word_embeddings", False)'),
+        ('"tie_word_embeddings", kind in TIED_BY_DEFAULT)', '"tie_word_embeddings", False)'),
     ),
     *in_file(
         "hf/peft/experts.py",

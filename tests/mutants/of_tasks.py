@@ -172,7 +172,46 @@ FAULTS = [
         "models/families/olmo.py",
         "tests/models/test_dialects.py",
         ("local in (None, _THETA) and full == _THETA", "local in (None, full)"),
-        ('"rope_theta": local or full', '"rope_theta": full'),
+    ),
+    *in_file(
+        "models/dialect.py",
+        "tests/models/test_dialects.py",
+        ("config.rope_local_base_freq or config.rope_theta", "config.rope_theta"),
+    ),
+    *in_file(
+        "models/llama_parts.py",
+        "tests/models/test_dense_families.py",
+        ("jax.nn.softplus(above) * x * x", "jax.nn.softplus(above) * x"),
+        ("wide - jnp.mean(wide, axis=-1, keepdims=True), self.eps", "wide, self.eps"),
+    ),
+    *in_file(
+        "models/families/granite.py",
+        "tests/models/test_dense_families.py tests/models/test_experts.py",
+        ("rotates = tuple(bool(base) for base in bases)", "rotates = slides"),
+        ("max(local) if local - {own} else None", "None"),
+    ),
+    *in_file(
+        "models/dialect.py",
+        "tests/models/test_experts.py",
+        ("return self.statics or not self.softmax", "return not self.softmax"),
+    ),
+    *in_file(
+        "hf/gguf/places.py",
+        "tests/hf/gguf/test_families.py",
+        ('divisors = row.divided and name == "rope_freqs.weight"',
+         'divisors = name == "rope_freqs.weight"'),
+        ("np.cumsum([0, heads, pairs or heads, pairs or heads])",
+         "np.cumsum([0, heads, pairs or heads, heads])"),
+    ),
+    *in_file(
+        "hf/gguf/weights.py",
+        "tests/hf/gguf/test_families.py",
+        ("rows = slice(rows.start + first, rows.stop + first)", "pass"),
+    ),
+    *in_file(
+        "hf/tokenizer/backends.py",
+        "tests/hf/tokenizer/test_classes.py",
+        ('scheme = "always" if prefix else "never"', 'scheme = "always"'),
     ),
     *in_file(
         "models/families/experts.py",

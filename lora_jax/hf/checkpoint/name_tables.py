@@ -28,10 +28,12 @@ class Moved(NamedTuple):
       ours: the end of its path, behind the block: "mlp.experts.gate_up_proj".
       theirs: the ends of the tensors' names, which lie side by side along our last dim. A `{}` is
         the number of an expert.
+      axes: `ours = theirs.transpose(axes)` for one block or expert; `None` leaves the order.
     """
 
     ours: str
     theirs: tuple[str, ...]
+    axes: tuple[int, ...] | None = (1, 0)
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,22 @@ EXAONE_MOE = replace(
     name="exaone_moe",
     moved=(
         *GROUPED.moved,
-        Moved("mlp.gate.e_score_correction_bias", ("mlp.e_score_correction_bias",)),
+        Moved("mlp.gate.e_score_correction_bias", ("mlp.e_score_correction_bias",), None),
     ),
     ignored=(*GROUPED.ignored, "mtp.*"),
 )
+ERNIE_MOE = replace(
+    EXPERTS,
+    name="ernie4_5_moe",
+    moved=(
+        *EXPERTS.moved,
+        Moved(
+            "mlp.gate.e_score_correction_bias", ("mlp.moe_statics.e_score_correction_bias",), None
+        ),
+    ),
+    ignored=(*EXPERTS.ignored, "model.mtp_*"),
+)
+MELLUM = replace(EXPERTS, name="mellum", ignored=(*EXPERTS.ignored, "mtp.*"))
 MIXTRAL = replace(
     LLAMA,
     name="mixtral",
@@ -156,12 +170,13 @@ LLAMA4 = replace(
         *LLAMA.rules,
     ),
 )
+_SINKS = Rule("*self_attn", "sinks", "sinks")
 GPT_OSS = replace(
     LLAMA4,
     name="gpt_oss",
     rules=(
         *(Rule("*experts", name, name) for name in ("gate_up_proj_bias", "down_proj_bias")),
-        Rule("*self_attn", "sinks", "sinks"),
+        _SINKS,
         *LLAMA4.rules,
     ),
 )
@@ -184,6 +199,21 @@ HYPERCLOVAX = replace(LLAMA, name="hyperclovax", rules=(_POST_NORM, *LLAMA.rules
 
 _XIELU = tuple(Rule("*act_fn", name, name) for name in ("alpha_p", "alpha_n", "beta", "eps"))
 APERTUS = replace(LLAMA, name="apertus", rules=(*_XIELU, *LLAMA.rules))
+
+_INPUT, _OUTPUT = (f"block_sparse_moe.{name}_linear.weight" for name in ("input", "output"))
+GRANITE = replace(
+    LLAMA,
+    name="granite",
+    stacks=("layers",),
+    rules=(_SINKS, *LLAMA.rules),
+    moved=(
+        Moved("block_sparse_moe.router.kernel", ("block_sparse_moe.router.layer.weight",)),
+        Moved("block_sparse_moe.experts.gate_up_proj", (_INPUT,), (0, 2, 1)),
+        Moved("block_sparse_moe.experts.down_proj", (_OUTPUT,), (0, 2, 1)),
+    ),
+)
+# Its files have the names of transformers' modules.
+GRANITE_MOE_SWA = replace(GRANITE, rules=(*_FUSED, *GRANITE.rules), moved=())
 
 # The norms of queries and keys are numbered, one for each head.
 _HEAD_NORMS = Rule("*layernorm.norms", "weight", "scale")
@@ -289,7 +319,11 @@ VIT = Family(
     stacks=("layers", "layer"),
     rules=(*_VIT_RULES, _NORM, _LINEAR, _BIAS),
     moved=tuple(
-        Moved(f"layers.{ours}.{parameter}", (f"encoder.layer.{theirs}.{there}",))
+        Moved(
+            f"layers.{ours}.{parameter}",
+            (f"encoder.layer.{theirs}.{there}",),
+            (1, 0) if parameter == "kernel" else None,
+        )
         for ours, theirs in _VIT_LAYERS.items()
         for parameter, there in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias"))
         if (parameter == "kernel") == ("norm" not in ours) or parameter == "bias"

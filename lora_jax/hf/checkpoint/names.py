@@ -26,15 +26,19 @@ from typing import NamedTuple
 from lora_jax.hf.checkpoint.name_tables import ANY as ANY
 from lora_jax.hf.checkpoint.name_tables import APERTUS as APERTUS
 from lora_jax.hf.checkpoint.name_tables import BERT as BERT
+from lora_jax.hf.checkpoint.name_tables import ERNIE_MOE as ERNIE_MOE
 from lora_jax.hf.checkpoint.name_tables import EXAONE_MOE as EXAONE_MOE
 from lora_jax.hf.checkpoint.name_tables import EXPERTS as EXPERTS
 from lora_jax.hf.checkpoint.name_tables import GEMMA4 as GEMMA4
 from lora_jax.hf.checkpoint.name_tables import GPT2 as GPT2
 from lora_jax.hf.checkpoint.name_tables import GPT_OSS as GPT_OSS
+from lora_jax.hf.checkpoint.name_tables import GRANITE as GRANITE
+from lora_jax.hf.checkpoint.name_tables import GRANITE_MOE_SWA as GRANITE_MOE_SWA
 from lora_jax.hf.checkpoint.name_tables import GROUPED as GROUPED
 from lora_jax.hf.checkpoint.name_tables import HYPERCLOVAX as HYPERCLOVAX
 from lora_jax.hf.checkpoint.name_tables import LLAMA as LLAMA
 from lora_jax.hf.checkpoint.name_tables import LLAMA4 as LLAMA4
+from lora_jax.hf.checkpoint.name_tables import MELLUM as MELLUM
 from lora_jax.hf.checkpoint.name_tables import MIXTRAL as MIXTRAL
 from lora_jax.hf.checkpoint.name_tables import NEOX as NEOX
 from lora_jax.hf.checkpoint.name_tables import QWEN3_5 as QWEN3_5
@@ -102,7 +106,7 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
 def renamed(name: str) -> str:
     """A name of a checkpoint's router, or of ViT's blocks, as transformers 5 and PEFT have it."""
     plain, index = without_numbers(name, VIT)
-    for ours, (theirs, *_) in VIT.moved:
+    for ours, (theirs, *_), _ in VIT.moved:
         if plain.endswith(theirs):
             return module_name(plain.removesuffix(theirs) + ours, index)
     return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
@@ -113,14 +117,13 @@ def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple
 
     As `tensor_of`; several lie side by side along the last dim of ours.
     """
-    for ours, theirs in family.moved:
+    for ours, theirs, axes in family.moved:
         plain, numbers = without_numbers(path, family) if "layers." in ours else (path, ())
         if f".{plain}".endswith(f".{ours}"):
             index = (*numbers, *index)
             own = len(index) - ("{}" in theirs[0])  # the last number is the expert's
             block, expert = plain.removesuffix(ours), index[own:]
             ends = (end.format(*expert) for end in theirs)
-            axes = None if ours.endswith((".scale", "bias")) else (1, 0)
             return tuple(
                 Tensor(module_name(f"{block}{end}", index[:own], family=family), axes)
                 for end in ends

@@ -60,7 +60,9 @@ def fused(
         if match is None or match["layer"] not in _LAYERS:
             rest[renamed(key)] = tensor
             continue
-        module = match["module"].replace(".block_sparse_moe.", ".mlp.")
+        module = match["module"]
+        if match["layer"].startswith("w"):  # Mixtral's before transformers 5
+            module = module.replace(".block_sparse_moe.", ".mlp.")
         place = (module, _LAYERS[match["layer"]], match["part"])
         found.setdefault(place, {})[int(match["expert"])] = tensor
     if not found or not any(path.endswith(FUSED) for path in paths):

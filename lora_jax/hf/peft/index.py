@@ -171,9 +171,9 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
 
     transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
     does it take the routers of gpt-oss, no linear layer there, which lies beside experts with
-    biases, and of Llama 4, which returns two results. Of models that have other MLPs too, in an
-    `mlp`, it takes the names of their layers, and that of the router, for those of experts: they
-    are parameters here as well.
+    biases, of GraniteMoE, and of Llama 4, which returns two results. Of models that have other MLPs
+    too, in an `mlp`, it takes the names of their layers, and that of the router, for those of
+    experts: they are parameters here as well.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -185,6 +185,7 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     llama4 = {module for module in fused if module.endswith(".feed_forward.experts")}
     routers = {f"{module.removesuffix('experts')}router" for module in biased | llama4}
     modules = {module_of(bare(path)) for path in leaves} if fused else set()
+    routers |= {module for module in modules if module.endswith(".block_sparse_moe.router")}
     plain = {module for module in modules if module.rpartition(".")[0] not in fused}
     renamed = any(module.endswith(".mlp.experts") for module in fused)
     beside = {module for module in plain if module.endswith(_TAKEN)} if renamed else set()

@@ -12,13 +12,33 @@ from functools import partial
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import AFTER, Dialect, Modules, check_fixed, read_layer_types
+from lora_jax.models.dialect import (
+    AFTER,
+    FULL,
+    SLIDING,
+    Dialect,
+    Modules,
+    check_fixed,
+    read_layer_types,
+    read_two_ropes,
+    write_two_ropes,
+    write_windows,
+)
 from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
 _COUNTS = ("num_local_experts", "num_experts")
 # Noise of a router in training, which is not supported.
 UNSHAKEN = {"router_jitter_noise": 0.0}
+# Mellum's; the layers that predict further tokens are not loaded.
+_MELLUM = (
+    "layer_types", "mlp_layer_types", "sliding_window", "num_mtp_layers", "mtp_layer_types",
+    "mtp_mlp_layer_types", "num_nextn_predict_layers",
+)  # fmt: skip
+_MELLUM_ROPE = {
+    FULL: {"rope_type": "default", "rope_theta": 5e5},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
 FIELDS = (*_COUNTS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
 
 
@@ -172,6 +192,39 @@ def _write_olmoe(config: Any) -> dict[str, Any]:
     }
 
 
+def _read_mellum(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias, blocks = bool(raw.get("attention_bias", False)), raw["num_hidden_layers"]
+    dense = tuple(kind == "dense" for kind in raw.get("mlp_layer_types") or ())
+    if dense and all(dense):
+        raise ValueError("config: `mlp_layer_types` leaves no block with experts")
+    return {
+        **read_experts(raw, 64),
+        "qk_norm": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "dense_layers": dense if any(dense) else None,
+        "moe_intermediate_size": raw["moe_intermediate_size"],
+        "norm_topk_prob": bool(raw["norm_topk_prob"]),
+        "sliding_window": raw["sliding_window"],
+        "sliding_layers": read_layer_types(raw, (False,) * blocks),
+    }
+
+
+def _write_mellum(config: Any) -> dict[str, Any]:
+    ropes = write_two_ropes(config)
+    return {
+        **write_experts(config, "num_experts"),
+        **write_windows(config),
+        **ropes,
+        # The older name of the same field, which its class would take for it.
+        "rope_scaling": ropes["rope_parameters"],
+        "attention_bias": config.qkv_bias,
+        "mlp_layer_types": ["dense" if dense else "sparse" for dense in config.dense],
+        "moe_intermediate_size": config.expert_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
 MIXTRAL = Dialect(
     architecture="MixtralForCausalLM",
     fields=(*FIELDS, *llama.MISTRAL.fields, *UNSHAKEN),
@@ -244,6 +297,19 @@ OLMOE = Dialect(
         "router_aux_loss_coef": 0.01,
     },
 )
+
+MELLUM = Dialect(
+    architecture="MellumForCausalLM",
+    fields=(*FIELDS, *_MELLUM, "attention_bias", "moe_intermediate_size", "norm_topk_prob"),
+    read=_read_mellum,
+    write=_write_mellum,
+    rope=lambda given: read_two_ropes({"rope_parameters": _MELLUM_ROPE, **given}),
+    names=names.MELLUM,
+    defaults={
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "moe_intermediate_size": 896, "router_aux_loss_coef": 0.001, "sliding_window": 1024,
+    },
+)  # fmt: skip
 
 FLEX_OLMO = OLMOE._replace(
     architecture="FlexOlmoForCausalLM",

@@ -1,4 +1,4 @@
-"""dots.llm1, EXAONE MoE and Solar Open: DeepSeek-V3's experts, plain attention; and Youtu-LLM.
+"""dots.llm1, ERNIE 4.5, EXAONE MoE and Solar Open, DeepSeek-V3's kin without its attention; Youtu.
 
 dots.llm1 and EXAONE MoE normalize queries and keys head by head; of EXAONE's blocks only those with
 a window rotate. Youtu-LLM has DeepSeek-V3's attention and no experts.
@@ -11,10 +11,13 @@ from lora_jax.hf.checkpoint import names
 from lora_jax.models.dialect import (
     PART,
     Dialect,
+    Routing,
+    check_fixed,
     read_layer_types,
     read_partial_rope,
     write_windows,
 )
+from lora_jax.models.families.glm import ERNIE4_5
 from lora_jax.models.families.grouped import (
     DEEPSEEK_V3,
     FIELDS,
@@ -26,6 +29,8 @@ from lora_jax.models.families.grouped import (
 )
 from lora_jax.models.families.olmo import EXAONE4
 
+# Of ERNIE 4.5: the first and the last block with experts, and how many blocks each stands for.
+_PLACES = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 _EXAONE = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
 
@@ -74,6 +79,55 @@ def _read_youtu(raw: Mapping[str, Any]) -> dict[str, Any]:
     bias = bool(raw["attention_bias"])
     return {**read_latent(raw), "qkv_bias": bias, "initializer_range": spread}
 
+
+def _read_ernie(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {"use_bias": False, "moe_norm_min": 1e-12})
+    blocks, (first, last, step) = raw["num_hidden_layers"], (raw[name] for name in _PLACES)
+    last = blocks - 1 if last == -1 else last
+    dense = tuple(not first <= i <= last or (i + 1) % step != 0 for i in range(blocks))
+    if all(dense):
+        raise ValueError(f"config: {', '.join(_PLACES)} leave no block with experts")
+    size = raw["moe_intermediate_size"]
+    return {
+        "num_experts": raw["moe_num_experts"],
+        "num_experts_per_tok": raw["moe_k"],
+        "moe_intermediate_size": size,
+        "dense_layers": dense if any(dense) else None,
+        "routing": Routing(1, 1, 1.0, softmax=True, statics=True),
+        "router_aux_loss_coef": float(raw["router_aux_loss_coef"]),
+        "shared_expert_size": size * raw["moe_num_shared_experts"] or None,
+        "rope_interleaved": True,
+    }
+
+
+def _write_ernie(config: Any) -> dict[str, Any]:
+    sparse = [i for i, dense in enumerate(config.dense) if not dense]
+    step = sparse[1] - sparse[0] if len(sparse) > 1 else sparse[0] + 1
+    return {
+        "moe_num_experts": config.num_experts,
+        "moe_k": config.num_experts_per_tok,
+        "moe_intermediate_size": config.expert_size,
+        "moe_num_shared_experts": (config.shared_expert_size or 0) // config.expert_size,
+        **dict(zip(_PLACES, (sparse[0], sparse[-1], step), strict=True)),
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+
+
+ERNIE4_5_MOE = Dialect(
+    architecture="Ernie4_5_MoeForCausalLM",
+    fields=(*_PLACES, "use_bias", "moe_norm_min", "moe_num_experts", "moe_k",
+            "moe_num_shared_experts", "moe_intermediate_size", "output_router_logits",
+            "router_aux_loss_coef"),
+    read=_read_ernie,
+    write=_write_ernie,
+    names=names.ERNIE_MOE,
+    defaults={
+        **{name: x for name, x in ERNIE4_5.defaults.items() if name != "head_dim"},
+        **dict(zip(_PLACES, (1, -1, 1), strict=True)),
+        "num_key_value_heads": 4, "moe_intermediate_size": 1536, "moe_num_experts": 64, "moe_k": 6,
+        "moe_num_shared_experts": 2, "router_aux_loss_coef": 0.001,
+    },
+)  # fmt: skip
 
 DOTS1 = Dialect(
     architecture="Dots1ForCausalLM",

@@ -1,10 +1,10 @@
-"""OLMo 2 and 3, and EXAONE 4: norms after attention and MLP.
+"""OLMo 1 to 3, and EXAONE 4: norms without parameters, or after attention and MLP.
 
-OLMo normalizes the queries, and the keys, of all heads together; OLMo 3 adds a window in three of
-four blocks, whose rotations are not scaled. EXAONE 4 normalizes them head by head, and in models
-with windows only blocks with one rotate.
+OLMo 1 has the former. OLMo 2 normalizes the queries, and the keys, of all heads together; OLMo 3
+adds a window in three of four blocks, whose rotations are not scaled. EXAONE 4 normalizes them head
+by head, and in models with windows only blocks with one rotate.
 
-Sources: arXiv:2501.00656, arXiv:2507.11407.
+Sources: arXiv:2402.00838, arXiv:2501.00656, arXiv:2507.11407.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,34 @@ from typing import Any
 
 from lora_jax.models.dialect import (
     AFTER,
-    FULL,
-    SLIDING,
     Dialect,
+    check_fixed,
     read_two_ropes,
     read_windows,
+    write_two_ropes,
     write_windows,
 )
-from lora_jax.models.rope import scaling_to_hf
 
 # Every fourth block has no window.
 _PERIOD = 4
 _THETA = 5e5  # OLMo 3's rotary base
 _OLMO = {"norms": AFTER, "qk_norm": True, "qk_norm_whole": True}
+
+
+_PLAIN = {"layer_norm_eps": 1e-5}  # of norms without parameters, a constant there
+
+
+def _read_olmo(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, _PLAIN)
+    bias = bool(raw.get("attention_bias", False))
+    return {
+        "norm_centered": True,
+        "norm_plain": True,
+        "rms_norm_eps": _PLAIN["layer_norm_eps"],
+        "clip_qkv": raw.get("clip_qkv"),
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }
 
 
 def _read_olmo2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,13 +56,7 @@ def _write_olmo3(config: Any) -> dict[str, Any]:
     local, full = config.rope_local_base_freq, config.rope_theta
     if local in (None, _THETA) and full == _THETA:
         return out
-    # Of the flat fields transformers 5 takes the base for blocks without a window only.
-    scaling = scaling_to_hf(config.rope_scaling) or {"rope_type": "default"}
-    ropes = {
-        FULL: {**scaling, "rope_theta": full},
-        SLIDING: {"rope_type": "default", "rope_theta": local or full},
-    }
-    return {**out, "rope_parameters": ropes}
+    return {**out, **write_two_ropes(config)}
 
 
 def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +74,14 @@ def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
     windows = read_windows(raw, pattern)
     return {**common, **windows, "rope_layers": windows["sliding_layers"]}
 
+
+OLMO = Dialect(
+    architecture="OlmoForCausalLM",
+    fields=("attention_bias", "clip_qkv", *_PLAIN),
+    read=_read_olmo,
+    write=lambda config: {**_write_olmo2(config), "clip_qkv": config.clip_qkv},
+    defaults={"pad_token_id": 1, "eos_token_id": 50279},
+)
 
 OLMO2 = Dialect(
     architecture="Olmo2ForCausalLM",

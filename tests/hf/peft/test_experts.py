@@ -96,6 +96,44 @@ FAMILIES: dict[str, Any] = {
         first_k_dense_replace=1,
     ),
     "glm4_moe_lite": dict(GROUPS, model_type="glm4_moe_lite"),
+    "dots1": dict(
+        SIZES,
+        model_type="dots1",
+        head_dim=8,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+    "exaone_moe": dict(
+        SIZES,
+        model_type="exaone_moe",
+        head_dim=8,
+        moe_intermediate_size=12,
+        num_experts=4,
+        sliding_window=4,
+        sliding_window_pattern=2,
+    ),
+    "solar_open": dict(
+        SIZES, model_type="solar_open", head_dim=8, moe_intermediate_size=12, n_routed_experts=4
+    ),
+    "granitemoe": dict(SIZES, model_type="granitemoe", num_local_experts=3),
+    "mellum": dict(
+        SIZES,
+        model_type="mellum",
+        head_dim=8,
+        moe_intermediate_size=12,
+        num_experts=3,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=4,
+    ),
+    "ernie4_5_moe": dict(
+        {name: x for name, x in SIZES.items() if name != "num_experts_per_tok"},
+        model_type="ernie4_5_moe",
+        moe_intermediate_size=12,
+        moe_num_experts=3,
+        moe_k=2,
+    ),
     "flex_olmo": dict(SIZES, model_type="flex_olmo", num_experts=3),
     "qwen3_next": dict(
         {**SIZES, **DELTA},
@@ -144,7 +182,8 @@ def of(family: str, fields: dict) -> Any:
     """The fields by the names of a family."""
     swaps = {
         **dict.fromkeys(
-            ("gpt_oss", "llama4_text"), {"gate": "router", "gate.weight": "router.weight"}
+            ("gpt_oss", "llama4_text", "granitemoe"),
+            {"gate": "router", "gate.weight": "router.weight"},
         ),
         "gemma4_text": {"gate": "router.proj", "gate.weight": "proj.weight"},
         **dict.fromkeys(
