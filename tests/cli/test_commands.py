@@ -216,7 +216,7 @@ def test_a_quantized_run_is_exported_over_its_own_base(model, data, tmp_path, ca
     adapter = tmp_path / "adapter"
     assert main(["export", model, str(out), str(adapter)]) == 1
     error = capsys.readouterr().err
-    assert "was nf4-16:float32" in error and "in the same dtype and `--quantize`" in error
+    assert "one quantized with --quantize nf4, --quantize-block 16, and this one is in" in error
     assert not adapter.exists()
     assert main(["export", model, str(out), str(adapter), *held]) == 0
     name = "adapter_model.safetensors"
@@ -233,8 +233,10 @@ def test_a_quantized_run_is_exported_over_its_own_base(model, data, tmp_path, ca
     capsys.readouterr()
     flags = ["--max-new-tokens", "4", "--adapter", str(adapter), *held]
     assert main(["generate", model, SENTENCE, *flags]) == 0
+    # Every training row had the same system message.
+    system = {"role": "system", "content": task.INSTRUCTION}
     chat = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": SENTENCE}], add_generation_prompt=True
+        [system, {"role": "user", "content": SENTENCE}], add_generation_prompt=True
     )
     (tokens,) = models.generate(
         base, params, [chat], max_new_tokens=4, stop_tokens=[base.tokenizer.eos_id]
