@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
@@ -131,7 +131,7 @@ def losses_of(
         params: Any,
         tokens: Int[AnyArray, "b t"],
         positions: Int[AnyArray, " p"],
-        targets: Int[AnyArray, " p"],
+        targets: Shaped[AnyArray, "p ..."],
         *,
         segments: Int[AnyArray, "b t"] | None = None,
         reads: Int[AnyArray, "b s"] | None = None,
@@ -249,14 +249,14 @@ def _with_gradients(
     count: int,
     hidden: Float[Array, "n q d"],
     places: Int[AnyArray, "n q"],
-    targets: Int[AnyArray, "n q"],
+    targets: Shaped[AnyArray, "n q ..."],
 ) -> Float[Array, " n*q"]:
     """The losses of `part` by chunks, whose backward pass does not apply the head again."""
 
     def both(
         hidden: Float[Array, "n c d"],
         places: Int[AnyArray, "n c"],
-        targets: Int[AnyArray, "n c"],
+        targets: Shaped[AnyArray, "n c ..."],
     ) -> tuple[Float[Array, " n*c"], Float[Array, "n c d"]]:
         losses, pull = jax.vjp(lambda h: part(h, places, targets), hidden)
         # A position's loss depends on its own hidden state alone, so the sum has all gradients.
