@@ -182,6 +182,16 @@ def test_a_mixture_without_experts_for_a_token_is_refused():
         read(model_type="deepseek_v2", q_lora_rank=8)
 
 
+def test_dots_name_of_its_scores_is_that_of_sigmoids():
+    kind = dict(
+        model_type="dots1", num_experts_per_tok=2, n_routed_experts=8, n_shared_experts=1,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    assert read(**kind, scoring_func="noaux_tc") == read(**kind)
+    with pytest.raises(ValueError, match="`scoring_func` = 'softmax' is not supported"):
+        read(**kind, scoring_func="softmax")
+
+
 def test_a_real_config():
     config = read(**REAL)
     assert config.num_key_value_heads == 2 and config.rope_theta == 100000.0

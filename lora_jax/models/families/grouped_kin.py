@@ -39,6 +39,8 @@ def _read_dots(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("n_routed_experts", "n_shared_experts"):
         if raw.get(name) is None:
             raise ValueError(f"config: `{name}` is missing")
+    if raw.get("scoring_func") == "noaux_tc":  # the public file's name of sigmoids with a bias
+        raw = {**raw, "scoring_func": "sigmoid"}
     first = raw["max_window_layers"]
     slides = tuple(block >= first for block in range(raw["num_hidden_layers"]))
     return {
