@@ -19,6 +19,7 @@ from lora_jax.hf.gguf.architectures import (
 from lora_jax.hf.gguf.fields import SIGMOID, Stated, short
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF, Base, base_from_hf, read_base
+from lora_jax.hf.gguf.places import MOST_BLOCKS
 from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.config import LlamaConfig
@@ -39,8 +40,6 @@ _NUMBERS = (
     "rope.freq_base", "rope.scaling.factor", "rope.scaling.original_context_length",
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 )  # fmt: skip
-# Far more than any model has; lists of so many are made.
-_MOST_BLOCKS = 10_000
 _UNDERSTOOD = frozenset(
     {
         *_SIZES,
@@ -188,10 +187,8 @@ def _check(
     for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
         if type(facts.get(key, 1)) is not int and not isinstance(facts[key], list):
             raise ValueError(f"{path}: `{key}` must be a whole number, got {facts[key]!r}")
-    if isinstance(blocks := facts.get("block_count"), int) and blocks > _MOST_BLOCKS:
-        raise ValueError(
-            f"{path}: `block_count` is {blocks}, above {_MOST_BLOCKS:,}: a broken file"
-        )
+    if isinstance(blocks := facts.get("block_count"), int) and blocks > MOST_BLOCKS:
+        raise ValueError(f"{path}: `block_count` is {blocks}, above {MOST_BLOCKS:,}: a broken file")
     for key in (*_NUMBERS, *keys):
         if not isinstance(facts.get(key, 1), int | float):
             raise ValueError(f"{path}: `{key}` must be a number, got {facts[key]!r}")

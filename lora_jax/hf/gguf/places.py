@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Place(NamedTuple):
     turned: bool = False
 
 
+# Far more than any model has; lists of so many are made.
+MOST_BLOCKS = 10_000
 # Queries, keys and values as one tensor, which files of any decoder may have.
 FUSED_QKV = "attn_qkv"
 _TYPES = "embeddings.token_type_embeddings.weight"
@@ -107,11 +109,13 @@ def stated_numbers(file: Gguf) -> dict[str, np.ndarray]:
     kind = gguf_architecture(file.metadata, file.path)
     row, found = GGUF_ARCHITECTURES[kind], {}
     blocks = file.metadata.get(f"{kind}.block_count")
+    count = blocks if type(blocks) is int and 0 < blocks <= MOST_BLOCKS else 0
     for key, leaf in row.stated.items():
-        each = file.metadata.get(key)
+        each: Any = file.metadata.get(key)
         # llama.cpp takes one number for all blocks too.
-        each = [each] * blocks if isinstance(each, float) and type(blocks) is int else each
-        if not isinstance(each, list) or len(each) != blocks or not np.isfinite(each).all():
+        each = [each] * count if isinstance(each, float) else each
+        numbers = [n for n in each if isinstance(n, int | float)] if isinstance(each, list) else []
+        if not count or len(numbers) != count or not np.isfinite(numbers).all():
             raise ValueError(
                 f"{file.path}: `{key}` must be a number for each of {blocks} blocks, got "
                 f"{str(each)[:60]}"

@@ -20,6 +20,7 @@ from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
 from lora_jax.hf.gguf.names import ARCHITECTURE_OF, TIED_BY_DEFAULT, Base, read_base
+from lora_jax.hf.gguf.places import stated_numbers
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.gguf import base_of
 from lora_jax.models.requantizing import save_requantized
@@ -444,3 +445,14 @@ def test_a_distilbert_is_read_as_a_bert_of_one_type(tmp_path):
         m.apply(p, TOKENS, mask=mask) for m, p in ((loaded, loaded.params), (model, params))
     )
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [[0.5], [0.5, "a"], [0.5, np.inf], None])
+def test_numbers_of_blocks_that_are_missing_are_refused(value, tmp_path):
+    write(tmp_path / "m.gguf", "apertus")
+    file = open_gguf(tmp_path / "m.gguf")
+    stated = {**file.metadata, "xielu.alpha_p": value}
+    with pytest.raises(ValueError, match="m.gguf: `xielu.alpha_p` must be a number for each of 2"):
+        stated_numbers(file._replace(metadata=stated))
+    same = stated_numbers(file._replace(metadata={**file.metadata, "xielu.alpha_p": 0.5}))
+    assert same["model.layers.1.mlp.act_fn.alpha_p"] == [0.5]
