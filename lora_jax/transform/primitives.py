@@ -196,6 +196,9 @@ PRIMITIVES: dict[str, Primitive] = {
         token_axis.elementwise,
         "reader",
     ),
+    "fft": _joining(
+        rules.reducing(rules_reduce.fft), dim_maps.SAME_RANK, token_axis.lost, "kernel"
+    ),
     **dict.fromkeys(
         ("add", "add_any"),
         _joining(rules.add, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),

@@ -1,4 +1,4 @@
-"""Rules for sums over dims of a weight, whole, running or of squares."""
+"""Rules for sums over dims of a weight: whole, running, of squares, and Fourier transforms."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from lora_jax.transform.implicit import (
     owned,
     rebuild,
     vector_as_array,
+    wide_dtype,
     without_gain,
 )
 from lora_jax.transform.labels import RANK, labels, reorder
@@ -111,3 +112,36 @@ def cumsum(v: Implicit, bind: Callable, *, axis: int, reverse: bool, **_: Any) -
         return lax.cumsum(array, dims.index(axis), reverse=reverse), dims
 
     return rebuild(v, bind(base_array(v, "cumsum")), v.roles, add_up)
+
+
+def fft(
+    v: Implicit, bind: Callable, *, fft_type: lax.FftType, fft_lengths: Sequence[int], **_: Any
+) -> Implicit:
+    """The Fourier transform along the last dims: `F·(W + A·B) = F·W + (F·A)·B`, for B likewise."""
+    axes = range(v.ndim - len(fft_lengths), v.ndim)
+    if any(v.roles[d] == "s" for d in axes):
+        raise Unsupported("a Fourier transform over a stack of weights")
+    v = owned(v, [d for d in axes if v.roles[d] == "u"], v.roles[-1].replace("u", "o"))
+    kind, last = lax.FftType(fft_type), v.roles[-1]
+    other = v.b if last == "i" else v.a
+    # The real part of a product of complex factors is no product of their real parts.
+    spread = any(v.roles[d] != last for d in axes)
+    if kind == lax.FftType.IRFFT and (spread or jnp.iscomplexobj(other)):
+        raise Unsupported("an inverse Fourier transform to real numbers over both factors")
+    # Along an in dim a gain over the outputs is a common factor of the sum.
+    v = without_gain(v) if any(v.roles[d] == "o" for d in axes) else v
+    before = {lax.FftType.RFFT: lax.FftType.FFT, lax.FftType.IRFFT: lax.FftType.IFFT}.get(
+        kind, kind
+    )
+
+    def transform(array: Array, dims: list) -> tuple[Array, list]:
+        own = [(d, n) for d, n in zip(axes, fft_lengths, strict=True) if d in dims]
+        # The transform to real numbers is the last one, that of real numbers the first.
+        for d, n in own if kind == lax.FftType.IRFFT else reversed(own):
+            at, one = dims.index(d), kind if d == axes[-1] else before
+            if one != lax.FftType.RFFT:
+                array = array.astype(wide_dtype(array.dtype, jnp.complex64))
+            array = jnp.moveaxis(lax.fft(jnp.moveaxis(array, at, -1), one, (n,)), -1, at)
+        return array, dims
+
+    return rebuild(v, bind(base_array(v, "fft")), v.roles, transform)

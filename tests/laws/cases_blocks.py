@@ -135,6 +135,11 @@ def _transformed_kernel(w, x):
     return jnp.fft.irfft(jnp.fft.rfft(x, axis=1) * jnp.fft.rfft(w, 5, axis=0), 5, axis=1)
 
 
+def _smoothed(w):
+    spectrum = jnp.fft.rfft2(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    return jnp.fft.irfft2(spectrum / (1 + jnp.arange(4)), (8, 6))
+
+
 def _closed_over(p, x):
     """A custom_vjp that closes over the weight it uses."""
 
@@ -193,7 +198,9 @@ CASES = (
                                 (x[0] @ p["w"]).T, w=(8, 8)), {"w": "io"},
          frozenset({("w", "lu")})),
     Case("block_fourier_kernel", _model(lambda p, x: _transformed_kernel(p["w"], x) + x @ (
-        p["w"].T @ jnp.ones((5, 8))), w=(5, 8)), {"w": "io"}, frozenset({("w", "fft")})),
+        p["w"].T @ jnp.ones((5, 8))), w=(5, 8)), {"w": "io"}, frozenset({("w", "mul")})),
+    Case("block_fourier_smoothed", _model(lambda p, x: x @ _smoothed(p["w"]).astype(x.dtype),
+                                          w=(8, 6)), {"w": "io"}, frozenset({("w", "fft")})),
     Case("block_closed_over", _model(_closed_over, w=(8, 8)), {"w": "io"}),
     Case("block_repeated_heads", _model(lambda p, x: _repeated_heads(p["w"], x), w=(8, 2, 3)),
          {"w": "ioo"}),

@@ -26,6 +26,17 @@ def _one(fn, *shape: int):
     return _many(lambda p, x: fn(p["w"], x), w=shape or (8, 6))
 
 
+def _spectra(fn, *shape: int):
+    """A model of complex numbers, of the least precision that Fourier transforms have."""
+
+    def wide(w, x):
+        dtype = jnp.promote_types(w.dtype, jnp.float32)
+        y = fn(w.astype(dtype), x.astype(dtype))
+        return (y.real + y.imag).astype(x.dtype)
+
+    return _one(wide, *shape)
+
+
 def _heads(equation: str, axis: int):
     """A weight whose heads are repeated for their groups."""
     return lambda w, x: jnp.einsum(equation, x, jnp.repeat(w, 2, axis=axis))
@@ -97,6 +108,11 @@ CASES = (
     Case("heads_repeated_inputs", _one(_repeated_inputs, 2, 2, 6), {"w": "iio"}),
     Case("cumsum_outputs", _one(lambda w, x: x @ jnp.cumsum(w, 1)), IO),
     Case("cumsum_inputs", _one(lambda w, x: x @ lax.cumsum(w, 0, reverse=True)), IO),
+    Case("fourier_inputs", _spectra(lambda w, x: x @ jnp.fft.fft(w, axis=0)), IO),
+    Case("fourier_outputs", _spectra(lambda w, x: jnp.fft.irfft(x @ jnp.fft.rfft(w, 7), 7)), IO),
+    Case("fourier_both", _spectra(lambda w, x: jnp.fft.fft(x) @ jnp.fft.rfft2(w)), IO),
+    Case("fourier_smoothed", _spectra(lambda w, x: x @ jnp.fft.irfft(
+        jnp.fft.rfft(w, axis=0)[:3], 8, axis=0)), IO),
     Case("mean_of_outputs", _one(lambda w, x: x @ w.mean(1)), IO),
     Case("sum_of_heads", _one(lambda w, x: x @ w.sum(1), 8, 2, 6), {"w": "ioo"}),
     Case("mean_of_experts", _one(_mean_of_experts, 3, 8, 6), {"w": "sio"},
