@@ -1,12 +1,15 @@
 """Gemma 4's text model against transformers: heads of two sizes, shared keys, vectors, experts."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 from lora_jax.models import config_from_hf
 from lora_jax.models.layers import groups_of
+from lora_jax.models.llama_parts import Attention
 
 from tests.support.decoder_checks import (
     check_blocks_apart,
@@ -97,6 +100,18 @@ def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
 @pytest.mark.parametrize("case", ["E2B", pytest.param("26B-A4B", marks=pytest.mark.slow)])
 def test_steps_over_a_cache_are_the_whole_text(saved, case, new):
     check_steps(saved, case, "left", new)
+
+
+def test_values_that_are_keys_have_the_gradient_of_both():
+    config = config_from_hf(CASES["31B"])
+    kind = next(kind for kind in config.kinds if kind.slides is False)
+    options = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block = Attention(config, kind, **options)
+    x = jnp.ones((1, 1, config.hidden_size))
+    for part in (1, 2):
+        gradient = nnx.grad(lambda b, part=part: jnp.sum(b.project(x)[part]))(block)
+        # The sum of x·W over its outputs.
+        np.testing.assert_array_equal(gradient.k_proj.kernel[...], 1.0)
 
 
 def test_a_cache_has_no_room_for_blocks_that_share(saved):

@@ -295,6 +295,7 @@ FAULTS = [
         "tests/models/test_gemma4.py",
         ("normal(v, self.eps) if self.v_norm else v", "v"),
         ("config.k_eq_v and kind.slides is False", "config.k_eq_v"),
+        ("k if self.keys_only", "jax.lax.stop_gradient(k) if self.keys_only"),
     ),
     *in_file(
         "models/llama_parts.py",
