@@ -158,7 +158,8 @@ def _masks(used: Usage, spelled: Sequence[str], leaves: Sequence) -> dict[str, _
     """
     found = {}
     for i, others in used.scales.items():
-        reason = f"scales: each multiplies several elements of {_listed(spelled, others)}"
+        names = _listed(spelled, others)
+        reason = f"scales or zero points: each goes with several elements of {names}"
         found[spelled[i]] = _Mask(reason, certain=True)
     for i, others in used.masks.items():
         masks = {j for j in (i, *others) if _is_mask(spelled[j], leaves[j])}

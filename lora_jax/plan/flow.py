@@ -229,6 +229,22 @@ def note_masks(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
                 found.scales.setdefault(other, set()).add(one)
 
 
+def note_zero_points(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
+    """Notes a weight that shifts the blocks of another: it is broadcast along part of a dim."""
+    for k in (0, 1):
+        shape = eqn.invars[1 - k].aval.shape
+        pairs = [(x, y) for x in flows[k].tracks for y in flows[1 - k].tracks if x.leaf != y.leaf]
+        for one, other in pairs if shape else ():
+            parts = [i for i, dims in enumerate(one.dims) if dims & _except(one.dims, i)]
+            if any(shape[i] == 1 or not other.dims[i] for i in parts):
+                found.scales.setdefault(other.leaf, set()).add(one.leaf)
+
+
+def _except(dims: Dims, i: int) -> frozenset:
+    """The leaf's dims that all but one of the current dims are made of."""
+    return frozenset().union(*dims[:i], *dims[i + 1 :])
+
+
 def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:
     """Whether no dim of a weight was broadcast, and two or more are longer than 1."""
     large = [dims for n, dims in zip(shape, track.dims, strict=True) if n > 1]
@@ -255,6 +271,30 @@ def are_vectors(found: Usage, eqn: Any, k: int, track: Track) -> bool:
     rows = found.uses[track.leaf][track.lookup].contracted
     shape = eqn.invars[k].aval.shape
     return sum(n > 1 and not dims <= rows for n, dims in zip(shape, track.dims, strict=True)) < 2
+
+
+def parted(eqn: Any, k: int, track: Track, axes: tuple) -> frozenset:
+    """Out dims of which a slice took one index: the first output alone, or an array that is rolled.
+
+    An index of layers leaves no dim, and a matrix behind it.
+    """
+    free = [i for i in range(len(track.dims)) if i not in (*axes[0], *axes[1])]
+    shape = eqn.invars[k].aval.shape
+    if any(shape[i] > 1 and not track.dims[i] <= track.picked for i in free):
+        return frozenset()
+    return frozenset().union(*(track.dims[i] for i in free)) & track.picked
+
+
+def is_chosen(eqn: Any, flows: Sequence[Flow], track: Track) -> bool:
+    """Whether data chooses between a weight and the weight itself: `vmap` of a `switch` does."""
+    return compat.name_of(eqn) == "select_n" and all(track in f.tracks for f in flows[1:])
+
+
+def flat_size(eqn: Any, k: int, track: Track, summed: Sequence[int]) -> int:
+    """The size of a weight one dim of which is summed over in part, else 0."""
+    gone = frozenset().union(*(track.dims[i] for i in summed))
+    left = frozenset().union(*(d for i, d in enumerate(track.dims) if i not in summed))
+    return eqn.invars[k].aval.size if gone & left else 0
 
 
 def is_gained(eqn: Any, k: int, track: Track) -> bool:

@@ -39,6 +39,8 @@ class Use:
       stacked: the leaf's dims that are batched here, or of which one index was taken before.
       picked: those of `stacked` of which one index was taken.
       constant: whether the other operand depends on none of the function's arguments.
+      flat: the size of the operand where one of the leaf's dims is summed over in part only, as of
+        matrices that were put into one vector; else 0.
       fallback: why `lorafy` materializes the weight for this use, or ""; from `predict_fallbacks`.
       window: the leaf's spatial dims where it is a convolution's kernel, else None.
     """
@@ -50,6 +52,7 @@ class Use:
     stacked: frozenset = frozenset()
     picked: frozenset = frozenset()
     constant: bool = False
+    flat: int = 0
     fallback: str = ""
     window: Window | None = None
 

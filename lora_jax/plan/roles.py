@@ -1,5 +1,6 @@
 """The role of each dim of a weight, inferred from its uses."""
 
+import math
 from collections.abc import Sequence
 
 from lora_jax.plan.leaf import LeafPlan, Use
@@ -102,6 +103,11 @@ def override(leaf: LeafPlan) -> str:
     if len(large) < 2 and any(u.constant and _is_scatter(u) for u in leaf.uses):
         # A row, a column or a number is put into a constant: its index numbers no layers.
         picked, large = frozenset[int](), [d for d, n in enumerate(leaf.shape) if n > 1]
+    if len(large) < 2 and any(0 < use.flat <= math.prod(leaf.shape) for use in leaf.uses):
+        return (
+            "it holds matrices: let `fn` take them as leaves of a tree, such as `ravel_pytree`'s "
+            "second result makes of it"
+        )
     uses = [use for use in leaf.uses if use.kind != "picked"]
     if len(large) < 2 or (uses and all(map(_joins_features, uses))):
         return ""

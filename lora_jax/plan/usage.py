@@ -20,12 +20,16 @@ from lora_jax.plan.flow import (
     Usage,
     are_vectors,
     fed_by,
+    flat_size,
     free_dims,
+    is_chosen,
     is_constant_matrix,
     is_gained,
     joined,
     kernel_window,
     note_masks,
+    note_zero_points,
+    parted,
     peeled,
     restacked,
 )
@@ -218,6 +222,8 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
     is_product = compat.name_of(eqn) == "dot_general"
     if compat.name_of(eqn) == "mul" or (is_product and maps[0]):
         note_masks(found, eqn, flows)
+    elif compat.name_of(eqn) in ("add", "sub"):
+        note_zero_points(found, eqn, flows)
     # A contraction with a weight: the weights that led to its operands are no output heads.
     for k, flow in enumerate(flows):
         axes = dims.contracted(eqn, k) if flow.tracks else None
@@ -296,6 +302,7 @@ def _follow(
     # Combined with data, the weight is consumed, unless the operation is a rearrangement by index
     # or multiplies it by gains; gains of each example let only a contraction follow.
     rearranged = dims.takes_data(eqn, k) or (track.mixed and is_gained(eqn, k, track))
+    rearranged = rearranged or is_chosen(eqn, flows, track)
     consumed = (fed and not rearranged) or (track.mixed and not dims.keeps_rows(eqn, k) and not fed)
     if dim_map is None or consumed:
         if record and track.lookup < 0:
@@ -331,18 +338,6 @@ def _carry(
     return dataclasses.replace(track, dims=through(track.dims, dim_map), picked=picked)
 
 
-def _parted(eqn: Any, k: int, track: Track, axes: tuple) -> frozenset:
-    """Out dims of which a slice took one index: the first output alone, or an array that is rolled.
-
-    An index of layers leaves no dim, and a matrix behind it.
-    """
-    free = [i for i in range(len(track.dims)) if i not in (*axes[0], *axes[1])]
-    shape = eqn.invars[k].aval.shape
-    if any(shape[i] > 1 and not track.dims[i] <= track.picked for i in free):
-        return frozenset()
-    return frozenset().union(*(track.dims[i] for i in free)) & track.picked
-
-
 def _consumption(
     found: Usage, eqn: Any, others: Sequence[Flow], k: int, *, track: Track, dims: DimFlow
 ) -> Use | None:
@@ -360,7 +355,7 @@ def _consumption(
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         # Batched here, or one index taken before.
-        stacked = (whole(track.dims, axes[1]) | track.picked) - _parted(eqn, k, track, axes)
+        stacked = (whole(track.dims, axes[1]) | track.picked) - parted(eqn, k, track, axes)
         kind: UseKind = "contract" if contracted - stacked else "other"
         # Times a constant matrix it is another weight, which is contracted with features later.
         # What other weights made of constants, as in a network over positions, are features.
@@ -378,6 +373,7 @@ def _consumption(
             stacked=stacked,
             picked=track.picked,
             constant=fed < 2,
+            flat=flat_size(eqn, k, track, axes[0]),
             window=kernel_window(eqn, track, name),
         )
     if name == "gather" and k == 0 and track.lookup < 0:

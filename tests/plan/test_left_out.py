@@ -200,6 +200,9 @@ def test_a_mask_among_the_parameters(kind: str, concrete: bool):
     assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
 
 
+SCALES = "scales or zero points: each goes with several elements of `w`"
+
+
 @pytest.mark.parametrize("einsum", [False, True])
 def test_scales_of_blocks_are_none_of_their_weights(einsum: bool):
     def scaled(p, x):
@@ -211,10 +214,60 @@ def test_scales_of_blocks_are_none_of_their_weights(einsum: bool):
     params = {"w": normal(1, 8, 8), "scales": normal(2, 2, 8)}
     plan = planned(scaled, params)
     assert [leaf.path for leaf in plan.adapted] == ["w"]
-    assert plan.by_path()["scales"].reason == "scales: each multiplies several elements of `w`"
+    assert plan.by_path()["scales"].reason == SCALES
     # Named, they are adapted.
     assert planned(scaled, params, ("scales",)).adapted[0].path == "scales"
     merged_is_met(scaled, params, plan)
+
+
+def test_zero_points_of_blocks_are_no_weights():
+    def shifted(p, x):
+        return x @ (p["w"].reshape(2, 4, 8) - p["zeros"]).reshape(8, 8)
+
+    params = {"w": normal(1, 8, 8), "zeros": normal(2, 2, 1, 8)}
+    plan = planned(shifted, params)
+    assert [leaf.path for leaf in plan.adapted] == ["w"]
+    assert plan.by_path()["zeros"].reason == SCALES
+    # What all experts have in common goes with several elements too, but is a matrix of its own.
+    params = {"w": normal(1, 2, 8, 8), "shared": normal(2, 8, 8)}
+    shared = planned(lambda p, x: jnp.einsum("btd,edf->btef", x, p["w"] - p["shared"]), params)
+    assert len(shared.adapted) == 2
+
+
+@pytest.mark.parametrize("targets", ALL[:2])
+def test_matrices_in_a_flat_vector_are_warned_of(targets):
+    def fn(p, x):
+        return x @ p["w"][:64].reshape(8, 8) @ p["w"][64:].reshape(8, 4) @ p["up"]
+
+    params = {"w": normal(1, 96), "up": normal(2, 4, 4)}
+    with pytest.warns(LeftOutWarning, match=r"`w` \(96,\): .*let `fn` take them as leaves of a tr"):
+        planned(fn, params, targets)
+    with pytest.raises(ValueError, match=r"adapts nothing.*`ravel_pytree`'s second result"):
+        planned(lambda p, x: fn(p | {"up": jnp.ones((4, 4))}, x), {"w": params["w"]}, "w")
+
+
+def test_what_a_vector_is_repeated_to_is_no_matrix_in_it():
+    rolled = (jnp.arange(8)[:, None] + jnp.arange(8)) % 8
+    params = {"w": normal(1, 8), "up": normal(2, 8, 4)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeftOutWarning)
+        planned(two(lambda w, x: x @ w[rolled]), params, ".*")
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
+def test_branches_chosen_for_each_example_are_followed():
+    """`vmap` of a `switch` chooses between a weight and the weight without a gradient."""
+
+    def fn(p, x):
+        branches = [lambda v: v @ p["w"], lambda v: v @ p["layers"][1], lambda v: 2 * v]
+        chosen = jnp.arange(x.shape[0]) + (x[:, 0, 0] > 9)
+        return jax.vmap(lambda i, v: lax.switch(i, branches, v))(chosen, x)
+
+    params = {"w": normal(1, 8, 8), "layers": normal(2, 3, 8, 8)}
+    plan = planned(fn, params)
+    assert {leaf.path: leaf.roles for leaf in plan.adapted} == {"w": "io", "layers": "sio"}
+    assert plan.adapted[0].fallbacks
+    merged_is_met(fn, params, plan)
 
 
 def test_matrices_multiplied_by_an_einsum_may_be_masks():

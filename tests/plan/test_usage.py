@@ -177,6 +177,19 @@ def test_what_a_counter_takes_is_a_layers_own_and_no_table():
     assert roles == {"kernel": "sioo", "bias": "", "positions": "io"}
 
 
+def test_a_weight_that_a_loop_carries_beside_features_is_none_of_them():
+    def looped(p, x):
+        def step(carry, _):
+            x, base = carry
+            return (jnp.tanh(x @ (base - p["w"])), base), None
+
+        return lax.scan(step, (x, p["base"]), None, length=2)[0][0]
+
+    params = {"base": jnp.ones((8, 8)), "w": jnp.ones((8, 8))}
+    plan = lora.plan(lora.LoraConfig(target_modules=".*"), looped, params, jnp.ones((2, 8)))
+    assert [leaf.roles for leaf in plan.adapted] == ["io", "io"]
+
+
 def test_an_index_of_layers_may_keep_its_dim():
     w = jnp.ones((3, 8, 6))
     assert roles_of(lambda w, x: jnp.einsum("bi,lio->blo", x, w[1:2]), w) == "sio"
