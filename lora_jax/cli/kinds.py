@@ -58,7 +58,7 @@ def spelled_kind(kind: Any) -> str:
         if is_mapping(one):
             value = typing.get_args(one)[1]
             each = "" if value is str else f" whose VALUE is {spelled_kind(value)}"
-            words.append(f"NAME=VALUE pairs{each}")
+            words.append(f"NAME=VALUE pairs{each}, each NAME once")
         elif is_choice(one):
             words.append(f"one of {', '.join(typing.get_args(one))}")
         elif is_list(one):

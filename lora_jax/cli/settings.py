@@ -240,7 +240,10 @@ def _check_spaces(flag: str, texts: list[str]) -> None:
 def _parse_as(kind: Any, texts: list[str]) -> Any:
     if kinds.is_mapping(kind):
         item = typing.get_args(kind)[1]
-        return dict(_parse_pair(part, item) for text in texts for part in _pairs(text, item))
+        pairs = [_parse_pair(part, item) for text in texts for part in _pairs(text, item)]
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError
+        return found
     if kinds.is_list(kind):
         item = typing.get_args(kind)[0]
         # A single text that is not a plain name is a regular expression or a word such as

@@ -196,8 +196,9 @@ def test_a_setting_without_default_must_be_given():
         ("--rate quick", "--rate expects a number, got `quick`"),
         (
             "--ranks down_proj",
-            "--ranks expects NAME=VALUE pairs whose VALUE is an integer, got `down_",
+            "--ranks expects NAME=VALUE pairs whose VALUE is an integer, each NAME once, got `do",
         ),
+        ("--ranks q=1,q=2", "each NAME once, got `q=1,q=2`"),
         ("--speed fats", "--speed expects one of slow, fast"),
         ("--packed on", "--packed expects one of auto or true or false, got `on`"),
         ("--targets q_proj,v_proj", "list with spaces, got `q_proj,v_proj`: write --targets q_pr"),
