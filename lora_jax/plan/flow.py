@@ -22,6 +22,8 @@ class Track:
       picked: the leaf's dims of which one index has been taken.
       lookup: the index, among the leaf's uses, of the gather that took rows of it; -1 for none.
       mapped: the leaf's dims that its first product with a constant matrix summed over.
+      spread_by: the Fourier transform that it went through, by which a use that is no contraction
+        is named: a product with what it makes of a filter scales no features.
       mixed: whether gains of each example multiplied it: only a contraction may follow.
     """
 
@@ -30,6 +32,7 @@ class Track:
     picked: frozenset = frozenset()
     lookup: int = -1
     mapped: frozenset = frozenset()
+    spread_by: str = ""
     mixed: bool = False
 
 

@@ -207,7 +207,7 @@ def _entered(found: Usage, eqn: Any, before: list[Flow], after: list[Flow]) -> l
 
 
 def _other(found: Usage, eqn: Any, track: Track, *, constant: bool = True) -> Use:
-    name, line = compat.name_of(eqn), found.lines[-1]
+    name, line = track.spread_by or compat.name_of(eqn), found.lines[-1]
     return Use(name, line, "other", picked=track.picked, constant=constant)
 
 
@@ -335,7 +335,10 @@ def _carry(
     if dim_map is None:
         return None
     picked = track.picked | whole(track.dims, dims.picked(eqn, k))
-    return dataclasses.replace(track, dims=through(track.dims, dim_map), picked=picked)
+    name = compat.name_of(eqn)
+    spread_by = name if name == "fft" else track.spread_by
+    dims_of = through(track.dims, dim_map)
+    return dataclasses.replace(track, dims=dims_of, picked=picked, spread_by=spread_by)
 
 
 def _consumption(

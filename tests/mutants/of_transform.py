@@ -229,6 +229,11 @@ FAULTS = [
         ("fed=f.fed if f.tracks else given.fed", "fed=given.fed"),
     ),
     *in_file(
+        "plan/usage.py",
+        "tests/plan/test_left_out.py",
+        ('name if name == "fft" else track.spread_by', "track.spread_by"),
+    ),
+    *in_file(
         "plan/flow.py",
         "tests/plan/test_usage.py",
         ("if any(shape[i] > 1 and not track.dims[i] <= track.picked for i in free):", "if False:"),
