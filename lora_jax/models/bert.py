@@ -162,14 +162,14 @@ def make(
     return Layers({config.kind.prefix: encoder, **head_layers(build)})
 
 
-def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
+def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder | modernbert.Encoder:
     """The encoder in a model."""
     found: Any = module
     return found if config.task == FEATURES else getattr(found, config.kind.prefix)
 
 
 def hidden_states(
-    encoder: Encoder,
+    encoder: Encoder | modernbert.Encoder,
     config: BertConfig,
     tokens: Int[AnyArray, "b t"],
     *,

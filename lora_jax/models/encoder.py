@@ -130,7 +130,7 @@ class EncoderForward:
     def _result(
         self,
         module: Any,
-        encoder: bert.Encoder,
+        encoder: Any,
         hidden: Float[Array, "b t d"],
         mask: Bool[AnyArray, "b t"] | None,
     ) -> bert.Features | Array:

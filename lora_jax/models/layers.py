@@ -195,7 +195,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
         self.embedding = nnx.Param(jnp.zeros((tokens, size), param_dtype))
 
-    def __call__(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b t d"]:
+    def __call__(self, tokens: Int[AnyArray, "*t"]) -> Float[Array, "*t d"]:
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
 
 
