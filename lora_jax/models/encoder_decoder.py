@@ -158,7 +158,7 @@ class EncoderDecoderForward:
         def empty(length: int) -> Array:
             return jnp.zeros((config.num_decoder_layers, rows, length, *sizes), self.dtype)
 
-        def write(block: Any, kept: Pairs, number: Int[Array, ""], own: Any) -> Pairs:
+        def write(block: Any, kept: Any, number: Int[Array, ""], own: Any) -> Any:
             return _written(kept, block.layer["1"].EncDecAttention.pairs(text), number, 0)
 
         read = run_blocks(
@@ -196,7 +196,7 @@ class EncoderDecoderForward:
         back = start + jnp.arange(tokens.shape[1])[:, None] - jnp.arange(valid.shape[1])
         text: Any = cache.read
 
-        def own(pairs: Pairs, stored: Kept, number: Int[Array, ""]) -> tuple[Pairs, Kept]:
+        def own(pairs: Pairs, stored: Kept, number: Int[Array, ""]) -> tuple[Any, Kept]:
             stored = Kept(*_written(stored[:2], pairs, number, start))
             return _read(stored, number), stored
 
