@@ -101,10 +101,11 @@ def load_examples(
     max_length: int,
     too_long: TooLong = "error",
     fields: Mapping[str, str] | None = None,
+    config: Any = None,
 ) -> list[Example]:
     """Reads and tokenizes a JSON-lines file: `load_jsonl`, then `examples`."""
     records = load_jsonl(path, fields=fields)
-    return examples(records, tokenizer, max_length=max_length, too_long=too_long)
+    return examples(records, tokenizer, max_length=max_length, too_long=too_long, config=config)
 
 
 def examples(

@@ -23,6 +23,7 @@ from lora_jax.hf.peft.tying import TYING
 from lora_jax.paths import nearest, spell
 
 _SHOWN = 3
+_DECODER = ".language_model."  # in the names of a model of images and texts
 
 
 # Heads of classifiers in transformers.
@@ -216,6 +217,11 @@ def _check_keys(
         problems.append(
             "pass an adapter of this model; where a model of your own has dims that are read "
             "otherwise than in PEFT, state them by `lora.hf.load_peft(..., roles=...)`"
+        )
+    elif extra and all(_DECODER in k for k in wanted) and not any(_DECODER in k for k in extra):
+        problems.append(
+            "the adapter changes the whole model, and of it the language model alone is loaded: "
+            "use PEFT, or train one on modules of `language_model`"
         )
     if problems:
         raise ValueError(f"{source}: the adapter does not fit this model; {'; '.join(problems)}")

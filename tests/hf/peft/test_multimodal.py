@@ -256,6 +256,16 @@ def test_other_names_of_the_same_decoder(start, gemma, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_an_adapter_of_the_vision_tower_too_is_refused(gemma, tmp_path):
+    config = lora.LoraConfig(rank=2, target_modules=("q_proj",))
+    save_peft(tmp_path, trained(gemma, config), config)
+    tensors = load_file(tmp_path / TENSORS)
+    tower = {k.replace("language_model", "vision_tower.encoder"): x for k, x in tensors.items()}
+    save_file({**tensors, **tower}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match="4 left over: .* the language model alone is loaded"):
+        load_peft(tmp_path, gemma.apply, gemma.params, TOKENS)
+
+
 def test_an_adapter_of_llama4s_text_model_in_the_whole_model(made, tmp_path):
     """With the head, which the whole model has inside."""
     base = lora.models.load(made("llama4").directory)
