@@ -306,7 +306,8 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
             m = jnp.expand_dims(norm(dataclasses.replace(dora, scale=dora.scale * 0)), depth)
         else:
             # An adapter without DoRA has gain 1.
-            gain = full(outs, 1, jnp.float32)
+            magnitudes = [x.m.dtype for x in factored if x.m is not None]
+            gain = full(outs, 1, jnp.result_type(jnp.float32, *magnitudes))
     return LoraStack(
         like.w,
         # One dtype for all adapters, the widest, so that none is rounded.

@@ -290,6 +290,19 @@ def test_a_plain_adapter_beside_dora_ones_is_what_it_is_alone(how):
     )
 
 
+def test_gains_have_the_precision_of_their_magnitudes():
+    with jax.enable_x64(True):
+        params = {"w": jnp.linspace(-1.0, 2.0, 24, dtype=jnp.float64).reshape(6, 4)}
+        config = lora.LoraConfig(rank=2, use_dora=True, target_modules=("w",))
+        plan = lora.plan(config, lambda p, x: x @ p["w"], params, jnp.ones((2, 6)))
+        adapter = lora.init(jax.random.key(0), plan, params)["w"]
+        adapter = dataclasses.replace(adapter, m=adapter.m / 3)
+        gains = lora.stack([{"w": adapter}])["w"].gain
+        assert gains.dtype == jnp.float64
+        # B is 0: the norm is that which `m` was before.
+        np.testing.assert_allclose(gains, 1 / 3, rtol=1e-14)  # some roundings of float64
+
+
 def test_taking_an_adapter_out_again_gives_its_numbers():
     adapters = [make("plain", 1), make("more", 2), make("all", 3)]
     stacked = lora.stack(adapters)
