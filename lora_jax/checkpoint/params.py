@@ -29,7 +29,7 @@ from lora_jax.checkpoint.folder import (
     shapes_of,
 )
 from lora_jax.compat import require
-from lora_jax.models.sharding import RULES
+from lora_jax.models.sharding import RULES, check_rules
 from lora_jax.sharding import Rules, shardings
 
 FORMAT = "lora_jax params 1"
@@ -96,6 +96,7 @@ def restore_params(
     Warns:
       UserWarning: leaves that every device of the mesh holds whole.
     """
+    check_rules(mesh, rules)
     directory = folder_of(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")

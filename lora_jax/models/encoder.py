@@ -49,9 +49,9 @@ class EncoderForward:
         check_options(self.dtype, self.param_dtype, self.remat)
         if self.tokens is not None and self.config.kind.family == "deberta":
             raise ValueError(
-                f'the mesh has an axis "{self.tokens}", but attention by distance of '
+                f'`mesh` has an axis "{self.tokens}", but attention by distance of '
                 f"`{self.config.model_type}` needs whole rows: spread rows and weights instead "
-                "(data, fsdp)"
+                "(data, fsdp, tensor)"
             )
 
     @property

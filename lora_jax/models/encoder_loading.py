@@ -31,7 +31,7 @@ from lora_jax.models.opening import (
     read_together,
     stacked_by_format,
 )
-from lora_jax.models.sharding import RULES
+from lora_jax.models.sharding import RULES, check_rules
 from lora_jax.quant.loading import QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
 
@@ -102,6 +102,7 @@ def load_encoder(
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     head = dict(task=task, labels=labels, fresh_head=fresh_head, problem=problem)
     head |= dict(quantize=quant_config(quantize))
+    check_rules(mesh, rules)
     own = dict(**head, mesh=mesh, rules=rules)
     with spreading(mesh, rules) as spread:
         return read_together(

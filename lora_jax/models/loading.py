@@ -46,7 +46,7 @@ from lora_jax.models.registry import (
     names_of,
 )
 from lora_jax.models.remat import Remat
-from lora_jax.models.sharding import RULES
+from lora_jax.models.sharding import RULES, check_rules
 from lora_jax.models.vit_loading import open_images
 from lora_jax.quant.loading import FILE, QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
@@ -127,6 +127,7 @@ def load(
     if fresh_head is not None:
         check_key("fresh_head", fresh_head)
     head = _head(tuple(labels or ()), fresh_head, task, problem)
+    check_rules(mesh, rules)
     own = dict(quantize=quant, mesh=mesh, rules=rules, fresh_head=fresh_head)
     own |= dict(labels=head.labels, task=head.task, problem=problem)
     with spreading(mesh, rules) as spread:

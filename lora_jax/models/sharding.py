@@ -3,8 +3,8 @@
     data     rows of the batch; every weight is copied
     fsdp     rows of the batch, and one dim of every matrix and table: each device keeps a part of
              weights, adapters, gradients and optimizer state, and gathers a layer to use it
-    tensor   heads, the hidden units of the MLP and the vocabulary, for T5 and decoders of Llama's
-             family
+    tensor   heads, the hidden units of the MLP, and the vocabulary of Llama's family and T5
+             (GPT-2's 50,257 rows are divided by no axis, encoders have no head over theirs)
     expert   rows of the batch, and the experts of a mixture, see `lora_jax.models.experts`; every
              other weight is copied
     context  the tokens of a row, see `lora_jax.models.context`; every weight is copied
@@ -37,12 +37,21 @@ EXPERTS = "expert"  # the axis that the experts of a mixture are spread over, an
 ROWS = ("data", "fsdp", EXPERTS)  # the axes that the rows of a batch are spread over
 TOKENS = "context"  # the axis that the tokens of a row are spread over
 
-# Of all families; StarCoder2's `c_fc` and `c_proj` are in `layers`, GPT-2's are not.
+# Of all families: those of decoders and T5, then those of BERT's kin.
 _T5 = r"(Self|EncDec)Attention\."
-_QKV = f"q_proj|k_proj|v_proj|qkv_proj|query_key_value|in_proj_(qkvz?|z|ba?|a)|{_T5}[qkv]"
-_OUT = rf"o_proj|self_attn\.dense|attention\.dense|linear_attn\.out_proj|{_T5}o"
-_UP = r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|layers\.(\d+\.)?mlp\.c_fc|wi(_[01])?"
-_DOWN = r"down_proj|fc2|dense_4h_to_h|layers\.(\d+\.)?mlp\.c_proj|wo"
+_QKV = (
+    f"q_proj|k_proj|v_proj|qkv_proj|query_key_value|in_proj_(qkvz?|z|ba?|a)|{_T5}[qkv]|c_attn|q_b_proj|kv_b_proj"
+    r"|self\.(query|key|value)|(pos_)?(query|key)_proj|value_proj|[qkv]_lin|Wqkv"
+)
+_OUT = (
+    rf"o_proj|self_attn\.dense|attention\.dense|linear_attn\.out_proj|{_T5}o|attn\.c_proj"
+    r"|attention\.output\.dense|out_lin|attn\.Wo"
+)
+_UP = (
+    r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|c_fc|wi(_[01])?"
+    r"|intermediate\.dense|lin1|Wi"
+)
+_DOWN = r"down_proj|fc2|dense_4h_to_h|mlp\.c_proj|wo|output\.dense|lin2|mlp\.Wo"
 
 
 def _named(modules: str, parameter: str) -> str:
@@ -128,6 +137,19 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=found,
     )
+
+
+def check_rules(mesh: Mesh | None, rules: Rules) -> None:
+    """Refuses rules of one's own without a mesh, where they would have no effect.
+
+    Raises:
+      ValueError: so it is.
+    """
+    if mesh is None and rules != RULES:
+        raise ValueError(
+            "`rules` spread weights over a mesh, and `mesh` is None: give one, "
+            "`lora.models.make_mesh(fsdp=-1)`, or leave `rules` out"
+        )
 
 
 def check_axes(axes: Mapping[str, int], *, rest: bool) -> None:

@@ -168,7 +168,10 @@ def without_adapter(x: Any) -> Any:
 
 
 def check_same_base(name: str, bases: Sequence) -> None:
-    """Raises `ValueError` where the adapters' bases of a leaf differ, unless they are traced."""
+    """Raises `ValueError` where the adapters' bases of a leaf differ, unless they are traced.
+
+    Those on different meshes cannot be compared, nor stacked.
+    """
     first = jax.tree.leaves(bases[0])
     for number, base in enumerate(bases[1:], start=1):
         other = jax.tree.leaves(base)
@@ -176,7 +179,7 @@ def check_same_base(name: str, bases: Sequence) -> None:
             # Usually the very same arrays, which costs no comparison.
             x is y
             or (jnp.shape(x) == jnp.shape(y) and jnp.result_type(x) == jnp.result_type(y)
-                and _equal(x, y))
+                and _equal(name, x, y))
             for x, y in zip(first, other, strict=True)
         )  # fmt: skip
         if not same:
@@ -187,10 +190,16 @@ def check_same_base(name: str, bases: Sequence) -> None:
             )
 
 
-def _equal(x: Any, y: Any) -> bool:
+def _equal(name: str, x: Any, y: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
         return True  # the numbers are unknown while tracing
-    return bool(jnp.array_equal(x, y))
+    try:
+        return bool(jnp.array_equal(x, y))
+    except ValueError as error:  # of JAX: other devices, or explicit axes of another mesh
+        raise ValueError(
+            f"`{name}`: the adapters lie on different devices, {x.sharding} and {y.sharding}; "
+            "bring all to one mesh first, `lora.sharding.place(adapter, mesh, rules)`"
+        ) from error
 
 
 def _stack_leaf(name: str, column: list, *, slots: int, rank: int | None, train: bool) -> Any:

@@ -70,11 +70,8 @@ def test_steps_over_a_cache_are_the_whole_text(kind):
         check_steps_of(model, tokens % 61, mask, new)
 
 
-# The meshes, for the page of families. GPT-2's weights have no rules of their own for `tensor`.
-SPREAD: dict[str, Any] = {
-    **dict.fromkeys(FAMILIES, dict(fsdp=2, context=2, tensor=2)),
-    "gpt2": dict(fsdp=4, context=2),
-}
+# The meshes, for the page of families.
+SPREAD: dict[str, Any] = dict.fromkeys(FAMILIES, dict(fsdp=2, context=2, tensor=2))
 
 
 @pytest.mark.slow

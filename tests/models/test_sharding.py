@@ -52,6 +52,30 @@ def test_a_decoder_has_fsdp_on_its_width_and_tensor_on_heads_mlp_and_vocabulary(
     assert ends["input_layernorm.scale"] == P()
 
 
+OTHERS = {
+    "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense"
+    " intermediate.dense output.dense",
+    "distilbert": "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1"
+    " ffn.lin2",
+    "modernbert": "attn.Wqkv attn.Wo mlp.Wi mlp.Wo",
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_models_have_tensor_on_heads_and_mlp(model_type):
+    names = "hidden_size num_hidden_layers num_attention_heads intermediate_size"
+    names = "n_embd n_layer n_head n_inner" if model_type == "gpt2" else names
+    raw = dict(zip(names.split(), (32, 1, 4, 64), strict=True), model_type=model_type)
+    config = lora.models.config_from_hf(raw)
+    forward = lora.models.registry.architecture_of(model_type).forward(config=config, scan=True)
+    found = by_path(specs(forward.shapes(), RULES, {"tensor": 2}))
+    spread = {path for path, spec in found.items() if "tensor" in spec and "kernel" in path}
+    for name in OTHERS[model_type].split():
+        spread.remove(next(path for path in spread if path.endswith(f".{name}.kernel")))
+    assert not spread
+
+
 @pytest.mark.parametrize(
     ("mesh", "expected"),
     [
@@ -206,6 +230,14 @@ def test_a_model_on_a_mesh_generates_the_same_tokens(saved):
     prompts = [[1, 2, 3], [4, 5]]
     tokens = [lora.models.generate(m, m.params, prompts, max_new_tokens=4) for m in (found, want)]
     assert tokens[0] == tokens[1]
+
+
+def test_rules_without_a_mesh_are_refused(tmp_path):
+    own = Rules({"hidden": ("fsdp",)}, ())
+    calls = (lora.models.load, lora.models.load_encoder, lora.checkpoint.restore_params)
+    for call, more in zip(calls, ((), (), ({},)), strict=True):
+        with pytest.raises(ValueError, match="`rules` spread weights over a mesh, and `mesh` is N"):
+            call(tmp_path, *more, rules=own)
 
 
 AUTOMATIC = (jax.sharding.AxisType.Auto,)

@@ -118,7 +118,7 @@ def test_a_fresh_head(saved, tmp_path):
 
 
 # The mesh, for the page of families.
-SPREAD: dict[str, Any] = {"vit": {"fsdp": -1}}
+SPREAD: dict[str, Any] = {"vit": {"fsdp": -1, "tensor": 2}}
 
 
 def test_it_trains_on_a_mesh_as_on_one_device(saved):

@@ -404,3 +404,14 @@ def test_clear_errors():
         lora.stack([one, dropped], train=True)
     got = RUN(stacked, TOKENS, adapter_ids=jnp.array([0, 1, 7, -2, -1]))
     assert np.isfinite(got[jnp.array([0, 1, 4])]).all() and np.isnan(got[2:4]).all()
+
+
+def test_adapters_on_other_devices_are_refused():
+    base, x = {"w": jnp.ones((8, 8))}, jnp.ones((2, 8))
+    plan = lora.plan(lora.LoraConfig(target_modules=("w",)), lambda p, x: x @ p["w"], base, x)
+    adapters = [
+        lora.init(jax.random.key(0), plan, jax.device_put(base, device))
+        for device in jax.devices()[:2]
+    ]
+    with pytest.raises(ValueError, match="`w`: the adapters lie on different devices, .*place"):
+        lora.stack(adapters)

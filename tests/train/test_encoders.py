@@ -212,8 +212,8 @@ def test_a_quantized_encoder_from_rows_to_a_merged_model(bare, tmp_path, capsys)
 
 # The meshes, for the page of families. DeBERTa attends by distance in whole rows.
 SPREAD: dict[str, Any] = {
-    **dict.fromkeys([*KINDS, "camembert", "xlm-roberta"], dict(data=2, fsdp=2, context=2)),
-    "deberta-v2": dict(data=2, fsdp=2),
+    **dict.fromkeys([*KINDS, "camembert", "xlm-roberta"], dict(fsdp=2, context=2, tensor=2)),
+    "deberta-v2": dict(fsdp=2, tensor=2),
 }
 
 

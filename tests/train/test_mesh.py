@@ -47,7 +47,6 @@ def cases():
             yield pytest.param(kind, mesh, marks=[] if quick else pytest.mark.slow)
 
 
-# BERT and GPT-2 have no rules for `tensor`.
 @pytest.mark.filterwarnings("ignore:every device holds all of")
 @pytest.mark.parametrize(("kind", "mesh"), cases())
 def test_the_losses_and_adapters_are_those_of_one_device(kind, mesh):

@@ -19,7 +19,7 @@ from lora_jax.train import preparation
 from lora_jax.train.loss import CHUNK_BYTES, losses_of
 
 from benchmarks.collectives import Collective, collectives
-from tests.support.mesh_runs import EXPERTS, LLAMA, adapted, data
+from tests.support.mesh_runs import EXPERTS, KINDS, LLAMA, adapted, data, make
 
 pytestmark = pytest.mark.once
 
@@ -178,11 +178,17 @@ def test_the_head_is_gathered_once_for_all_chunks():
     assert [x.loop for x in heads] == [False]
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-def test_adapters_add_no_collective_to_tensor_parallelism(quantize):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", "nf4", *(pytest.param(k, marks=SLOW) for k in ("gpt2", "classes of tokens"))]
+)
+def test_adapters_add_no_collective_to_tensor_parallelism(kind):
     """The forward pass of an adapted model has the collectives of the base, as many of each."""
-    model = models.init(jax.random.key(0), WIDE)
-    if quantize:
+    options, settings, _ = KINDS[kind]
+    model = models.init(jax.random.key(0), WIDE) if kind in ("lora", "nf4") else make(**options)
+    if kind == "nf4":
         params = lora.quantize(model.params, r".*_proj", format="nf4")
         model = dataclasses.replace(model, params=params)
     mesh = models.make_mesh(devices=jax.devices()[:2], tensor=2)
@@ -196,7 +202,7 @@ def test_adapters_add_no_collective_to_tensor_parallelism(quantize):
 
     base = count(model.apply, model.params)
     assert base["all-reduce"] >= 2
-    assert count(lora.lorafy(model.apply), adapted(model, {})[1]) == base
+    assert count(lora.lorafy(model.apply), adapted(model, settings)[1]) == base
 
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
