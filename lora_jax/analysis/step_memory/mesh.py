@@ -53,17 +53,16 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     """The configuration of a device's part of the model: its share of heads, MLP and vocabulary.
 
     Raises:
-      ValueError: a model family without rules for `tensor`, or a size that `tensor` does not
-        divide.
+      ValueError: a family of which `tensor` is not estimated, or a size that it does not divide.
     """
     count = mesh["tensor"]
     if count == 1:
         return config
 
-    # No other rules divide heads.
+    # Of others the size of a head is the width over their number, which is a device's own here.
     if not isinstance(config, LlamaConfig | T5Config):
         raise ValueError(
-            f"`mesh` axis 'tensor' is not known for model_type `{config.model_type}`, only for "
+            f"`mesh` axis 'tensor' is not estimated for model_type `{config.model_type}`, only for "
             f"T5 and Llama's decoders; use data and fsdp"
         )
     own = {field.name for field in dataclasses.fields(config)}

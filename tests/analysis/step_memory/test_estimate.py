@@ -540,7 +540,7 @@ def test_tensor_divides_t5_and_images_have_one_length():
         (LLAMA, dict(mesh={"fsdp": 0}), "`mesh` axis .fsdp. must be a whole number above 0"),
         (LLAMA, dict(mesh={"fsdp": 4}), "`batch` 1 cannot be divided among the 4 devices"),
         (LLAMA, dict(mesh={"tensor": 3}), ".tensor. = 3 does not divide `num_attention_heads` = 8"),
-        ("gpt2", dict(mesh={"tensor": 2}), ".tensor. is not known for model_type `gpt2`"),
+        ("gpt2", dict(mesh={"tensor": 2}), ".tensor. is not estimated for model_type `gpt2`"),
         (LLAMA, dict(adapter=LoraConfig(target_modules=("q_prj",))), "q_prj"),
         (LLAMA, dict(balance_experts=True), "`balance_experts` is for a mixture of experts whose"),
         ("bert-base", dict(balance_experts=True), "`balance_experts` is for a mixture of experts"),
