@@ -109,15 +109,24 @@ def broadcast(eqn: Any, shape: tuple) -> list[Map]:
     return [out]
 
 
-def gathered(eqn: Any, shape: tuple) -> list[Map] | None:
+def gathered(eqn: Any, shape: tuple) -> list[Map]:
     numbers = eqn.params["dimension_numbers"]
-    if numbers.operand_batching_dims:
-        return None
-    # Offset axes have the dims that are not collapsed, in their order; index axes the indexed.
-    survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
-    rank = len(eqn.outvars[0].aval.shape)
+    # Offset axes have the dims that are not collapsed, in their order; index axes the indexed, or
+    # the dim that is batched with them.
+    batched = numbers.operand_batching_dims
+    gone = {*numbers.collapsed_slice_dims, *batched}
+    survive = iter([d for d in range(len(shape)) if d not in gone])
+    beside = dict(zip(numbers.start_indices_batching_dims, batched, strict=True))
     picked = tuple(indexed_dims(eqn))
-    return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
+    index_axes = iter(range(len(eqn.outvars[0].aval.shape)))
+
+    def source(axis: int) -> tuple[int, ...]:
+        if axis in numbers.offset_dims:
+            return (next(survive),)
+        other = beside.get(next(index_axes))
+        return picked if other is None else (other,)
+
+    return [[source(axis) for axis in range(len(eqn.outvars[0].aval.shape))]]
 
 
 def written(eqn: Any, k: int) -> list[Map] | None:

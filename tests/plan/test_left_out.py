@@ -264,13 +264,20 @@ def test_branches_chosen_for_each_example_are_followed():
     """`vmap` of a `switch` chooses between a weight and the weight without a gradient."""
 
     def fn(p, x):
-        branches = [lambda v: v @ p["w"], lambda v: v @ p["layers"][1], lambda v: 2 * v]
-        chosen = jnp.arange(x.shape[0]) + (x[:, 0, 0] > 9)
-        return jax.vmap(lambda i, v: lax.switch(i, branches, v))(chosen, x)
+        def one(i, v):
+            branches = [
+                lambda v: v @ p["w"],
+                lambda v: v @ p["layers"][1],
+                lambda v: v @ p["indexed"][i],
+            ]
+            return lax.switch(i, branches, v)
 
-    params = {"w": normal(1, 8, 8), "layers": normal(2, 3, 8, 8)}
+        return jax.vmap(one)(2 * jnp.arange(x.shape[0]) + (x[:, 0, 0] > 9), x)
+
+    params = {"w": normal(1, 8, 8), "layers": normal(2, 3, 8, 8), "indexed": normal(3, 3, 8, 8)}
     plan = planned(fn, params)
-    assert {leaf.path: leaf.roles for leaf in plan.adapted} == {"w": "io", "layers": "sio"}
+    roles = {leaf.path: leaf.roles for leaf in plan.adapted}
+    assert roles == {"w": "io", "layers": "sio", "indexed": "sio"}
     assert plan.adapted[0].fallbacks
     merged_is_met(fn, params, plan)
 
