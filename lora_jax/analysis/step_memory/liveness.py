@@ -142,11 +142,17 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
     Node i runs at time i; fractions place the copies and gathers around it.
     """
     real, found = program.real, []
+    # Of the rematerializations that wait; -1 is the start of the program.
+    begins = {id(node.call): node.at for node in reversed(program.nodes) if node.call is not None}
     # A slice of a stack is copied just before its first reader, or gathered.
     for x in program.values:
         if x.source & SLICE and x in real and x in program.users and not _is_recopied(x, habits):
-            users, ahead = program.users[x], habits.ahead and x.source & SPREAD
-            found.append(_Kernel(-1 if ahead else users[0].at - 0.5, None, [x], []))
+            first = program.users[x][0]
+            if habits.ahead and x.source & SPREAD:
+                start = begins.get(id(first.call), -0.5)
+            else:
+                start = first.at
+            found.append(_Kernel(start - 0.5, None, [x], []))
     # A product reads the gathered copy of a sharded argument, which is a value of its own.
     spread = [x for x in program.values if x.source & SPREAD and not x.source & SLICE]
     whole = {x: Value(x.aval, SPREAD) for x in spread}

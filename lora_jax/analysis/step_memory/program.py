@@ -30,7 +30,8 @@ class Habits(NamedTuple):
         ends: they depend on nothing, and the scheduler minimizes time, not memory.
       early_gathers: a sharded argument that is read outside the loops is gathered at the start.
       ahead: the weights of a loop's iteration are all gathered at its start: each gather begins as
-        soon as the one before has ended.
+        soon as the one before has ended. Those of a block that waits for the gradients of the one
+        behind it are gathered then.
       turned: where a product sums over the first dims of both operands, as a weight's gradient
         does, one of them is copied transposed as soon as it is computed: the second, or the first
         if it is far smaller.
@@ -101,6 +102,7 @@ class Node:
       ins, outs: its operands and results.
       eqn: the equation of the jaxpr.
       at: its index in the program, which serves as time.
+      call: the rematerialization that it is part of, whose operands wait for the gradients behind.
     """
 
     op: str
@@ -108,6 +110,7 @@ class Node:
     outs: list[Value]
     eqn: Any
     at: int = 0
+    call: Any = None
 
 
 @dataclass(eq=False)
@@ -178,7 +181,7 @@ def read(
     return program
 
 
-def _unfold(jaxpr: Any, env: dict, nodes: list[Node], known: dict) -> list[Value]:
+def _unfold(jaxpr: Any, env: dict, nodes: list[Node], known: dict, call: Any = None) -> list[Value]:
     """Appends the operations of a jaxpr and of its calls, without common subexpressions.
 
     Args:
@@ -186,6 +189,7 @@ def _unfold(jaxpr: Any, env: dict, nodes: list[Node], known: dict) -> list[Value
       env: variable to value: the arguments and constants, to which the other variables are added.
       nodes: the operations so far.
       known: the same operations by their key (`_same`), and the literals.
+      call: as in `Node`.
 
     Returns:
       The results.
@@ -205,14 +209,15 @@ def _unfold(jaxpr: Any, env: dict, nodes: list[Node], known: dict) -> list[Value
             own, _ = compat.open_jaxpr(inner)
             scope = {v: Value(v.aval, HELD) for v in own.constvars}
             scope |= dict(zip(own.invars, ins, strict=True))
-            outs = _unfold(own, scope, nodes, known)
+            waits = eqn.params.get("differentiated") and eqn.params["prevent_cse"]
+            outs = _unfold(own, scope, nodes, known, eqn if waits else call)
         elif memory == "view":
             outs = ins
         else:
             # XLA, too, computes equal operations once.
             same = known.get(key := _same(op, eqn, ins))
             if same is None:
-                same = Node(op, ins, [], eqn)
+                same = Node(op, ins, [], eqn, call=call)
                 same.outs = [Value(v.aval, node=same) for v in eqn.outvars]
                 nodes.append(same)
             known[key] = same

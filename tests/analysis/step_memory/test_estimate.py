@@ -320,6 +320,24 @@ def test_what_a_gpus_compiler_leaves_out():
     assert alive(lambda x, ws: jax.lax.scan(used_twice, x, ws)[0], x, ws) == 1 + 1 + 4 + 1 / 2
 
 
+def test_weights_of_a_block_that_waits_are_gathered_then():
+    """Of two blocks in a loop's iteration, as in Qwen3.5, where four were counted at once."""
+
+    def peak(prevent_cse: bool) -> int:
+        block = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w.T), prevent_cse=prevent_cse)
+
+        def loss(x, ws):
+            return jnp.sum(jax.lax.scan(lambda x, w: (block(block(x, w[0]), w[1]), None), x, ws)[0])
+
+        x = jax.ShapeDtypeStruct((512, 512), "float32")
+        ws = [jax.ShapeDtypeStruct((4, 512, 2048), "float32")] * 2
+        options: dict[str, Any] = dict(gathered=[1, 8, 8], habits=HABITS["gpu"])
+        return liveness.alive(jax.grad(loss), x, ws, **options).bytes
+
+    # The other weight, less what the first backward pass hands on.
+    assert peak(False) - peak(True) > 512 * 2048 * 4 / 2
+
+
 def test_what_no_axis_divides_is_counted_whole():
     """A gate of one output in blocks of 64 inputs, as `models.load(mesh=)` leaves it."""
     config = {
