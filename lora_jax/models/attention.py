@@ -271,7 +271,7 @@ def _without_cache(
                 seen = seen if unmasked else seen & _seen_by(mask, segments, at)  # (b, 1, t, s)
                 return mix(q, k, v, seen=seen, by=mixing)
 
-            by_runs = partial(in_runs, some, window)
+            by_runs = partial(in_runs, some, window, mixing.again)
             return over_tokens(by_runs, q, k, v, real, texts, axis=over), stored
 
         return attend

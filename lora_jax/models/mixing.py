@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from lora_jax.dims import AnyArray
@@ -23,6 +24,9 @@ MOST_SCORES = 2**28
 # A row's queries are cut into at most so many runs of at least so many tokens, each with the keys
 # up to its end: four runs take 5/8 of the products of all pairs.
 MOST_RUNS, SHORTEST_RUN = 4, 64
+# The sums over keys, which are kept where only the scores are computed again.
+_SUMS = "sums over keys"
+_KEPT = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
 
 class Mixing(NamedTuple):
@@ -39,6 +43,7 @@ class Mixing(NamedTuple):
       softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
       sinks: each head has a score of its own in the softmax, of no key.
       delta: the sizes of delta nets, where blocks have them.
+      again: the backward pass computes blocks again, and holds the scores of one run of queries.
     """
 
     slides: tuple[bool | None, ...]
@@ -50,6 +55,7 @@ class Mixing(NamedTuple):
     softcap: float | None = None
     sinks: bool = False
     delta: DeltaSizes | None = None
+    again: bool = False
 
 
 PLAIN = Mixing(slides=())
@@ -58,6 +64,7 @@ PLAIN = Mixing(slides=())
 def in_runs(
     mix: Callable,
     window: int | None,
+    again: bool,
     q: Float[Array, "b t n hq"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
@@ -69,18 +76,23 @@ def in_runs(
     Args:
       mix: attention of queries of which the first stands at `first` among the keys.
       window: tokens that every token attends to, itself included; None for all before it.
+      again: see `Mixing`.
       q, k, v, first: of a whole row, or queries from `first` on.
       others: masks and the like of the keys, (b, s), or None.
     """
-    mixed = []
-    for run, keys in _runs(q.shape[1], k.shape[1], window):
+    mixed, runs = [], _runs(q.shape[1], k.shape[1], window)
+    pairs = sum((run.stop - run.start) * (keys.stop - keys.start) for run, keys in runs)
+    # A block that is computed again would hold the scores of all runs until its MLP is passed back.
+    # Computed once more they cost a product of queries and keys, under 1 % of an 8B step.
+    again = again and _score_bytes(q, k, pairs) > MOST_SCORES
+    for run, keys in runs:
         own = [None if x is None else x[:, keys] for x in others]
 
         def some(q: Array, k: Array, v: Array, first: Any, own: Any = own) -> Array:
             return mix(q, k, v, first, *own)
 
         at = first + run.start - keys.start
-        mixed.append(_in_parts(some, q[:, run], k[:, keys], v[:, keys], at))
+        mixed.append(_in_parts(some, q[:, run], k[:, keys], v[:, keys], at, again=again))
     return in_place(jnp.concatenate(mixed, axis=1), q)
 
 
@@ -107,6 +119,8 @@ def _in_parts(
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     first: int | Array,
+    *,
+    again: bool,
 ) -> Float[Array, "b t n h"]:
     """`mix(q, k, v, first)`; where its scores are large, a part at a time and again when backward.
 
@@ -116,15 +130,14 @@ def _in_parts(
     """
     b, t, n, _ = q.shape
     heads, h = v.shape[2:]
-    rows, tensor = _spread_over(b, heads)
-    scores = 4 * b * n * t * k.shape[1] // (rows * tensor)  # bytes on a device
+    scores = _score_bytes(q, k, t * k.shape[1])
     # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
-    own = heads // tensor
+    own = heads // _spread_over(b, heads)[1]
     fits = [p for p in range(1, own + 1) if own % p == 0 and scores <= p * MOST_SCORES]
     parts = fits[0] if fits else own
     pieces = min(t, -(-scores // (parts * MOST_SCORES)))
     if parts == pieces == 1:
-        return mix(q, k, v, first)
+        return (jax.checkpoint(mix, policy=_KEPT) if again else mix)(q, k, v, first)
     some = partial(_by_queries, mix, pieces, first)
     if parts == 1:
         return some(q, k, v)
@@ -156,7 +169,7 @@ def _by_queries(
 ) -> Float[Array, "b t m h"]:
     """`mix`, by so many pieces of the queries one after another."""
     if pieces == 1:
-        return jax.checkpoint(partial(mix, first=first))(q, k, v)
+        return jax.checkpoint(mix)(q, k, v, first)
     b, t, m, wide = q.shape
     size = -(-t // pieces)
     pieces = -(-t // size)
@@ -171,12 +184,34 @@ def _by_queries(
     return jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, -1)[:, :t]
 
 
+def _score_bytes(q: Float[Array, "b t n hq"], k: Float[Array, "b s k h"], pairs: int) -> int:
+    """Bytes on a device of the float32 scores of so many pairs of a query and a key in each row."""
+    (b, _, n, _), heads = q.shape, k.shape[2]
+    return 4 * b * n * pairs // math.prod(_spread_over(b, heads))
+
+
 def _spread_over(rows: int, heads: int) -> tuple[int, int]:
     """The devices that rows, and key heads, are spread over in the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
     of_rows, of_heads = spread(mesh, rows, heads)
     devices = math.prod(mesh.shape[axis] for axis in of_rows or ())
     return devices, 1 if of_heads is None else mesh.shape[of_heads]
+
+
+@jax.custom_jvp
+def _only(seen: Bool[Array, "#b 1 1 #t s"], logits: Float[Array, "b k g t s"]) -> Array:
+    """The scores of the keys that each query attends to, and one of no weight for the others.
+
+    Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor is that
+    of `jax.nn.dot_product_attention`.
+    """
+    return jnp.where(seen, logits, -0.7 * jnp.finfo(jnp.float32).max)
+
+
+@_only.defjvp
+def _only_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # What has no weight has no gradient either: a choice would keep the mask of every head for it.
+    return _only(*primals), tangents[1]
 
 
 def mix(
@@ -217,10 +252,7 @@ def mix(
     if bias is not None:
         logits = logits + bias.reshape(-1, heads, logits.shape[2], s)
     if seen is not None:
-        # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor
-        # is that of `jax.nn.dot_product_attention`.
-        least = -0.7 * jnp.finfo(jnp.float32).max
-        logits = jnp.where(seen[:, :, None], logits.reshape(b, heads, -1, t, s), least)
+        logits = _only(seen[:, :, None], logits.reshape(b, heads, -1, t, s))
         logits = logits.reshape(b, heads, -1, s)
     top = jnp.max(logits, axis=-1, keepdims=True)
     if sinks is not None:
@@ -235,5 +267,6 @@ def mix(
     mixed = jnp.einsum(
         "bkms,bskh->bkmh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
+    mixed, total = checkpoint_name((mixed, total), _SUMS)
     mixed = (mixed / total).astype(v.dtype).reshape(b, heads, n // heads, t, -1)
     return in_place(jnp.moveaxis(mixed, 3, 1).reshape(b, t, n, -1), q)

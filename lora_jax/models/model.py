@@ -26,7 +26,7 @@ from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
-from lora_jax.models.remat import Remat, check_remat, rematerialized
+from lora_jax.models.remat import Remat, check_remat, remat_name, rematerialized
 from lora_jax.models.structure import module_with, stacked, structure
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
@@ -204,8 +204,8 @@ class Forward:
         config = self.config
         turns = lm.turns(config, positions)
         attend_of, stored, cache = attention(
-            tokens, mask, cache, segments=segments, mixing=config.mixing, turns=turns,
-            wanted=self.attention, over=over,
+            tokens, mask, cache, segments=segments, turns=turns, wanted=self.attention, over=over,
+            mixing=config.mixing._replace(again=remat_name(self.remat) != "none"),
         )  # fmt: skip
 
         embedded = lm.embed(on_tokens(tokens, self.rows, over), positions)

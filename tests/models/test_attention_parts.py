@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import models
+from lora_jax import analysis, models
 from lora_jax.models import attention, mixing
+from lora_jax.models.registry import forward_of
 
 from tests.support.tiny import SMALL
 
@@ -129,9 +130,47 @@ def test_a_scan_over_blocks_holds_no_mask_of_all_pairs(monkeypatch):
     assert temporaries(8192) <= 5 * temporaries(2048)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_mask_is_kept_for_the_backward_pass(remat):
+    """A choice by it would be, for each head: 80 MiB for 8B."""
+    config = dataclasses.replace(SMALL, max_position_embeddings=128)
+    forward = forward_of(config, remat=remat)
+    rows = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def loss(params, rows):
+        return jnp.sum(forward.apply(params, rows, segments=rows))
+
+    (backward,) = (
+        eqn
+        for eqn in jax.make_jaxpr(jax.grad(loss))(forward.shapes(), rows).eqns
+        if eqn.primitive.name == "scan" and eqn.params["reverse"]
+    )
+    arrays = [v.aval for v in backward.invars]
+    # Of two runs of 64 queries each.
+    assert not [x for x in arrays if x.dtype == bool and x.shape[-2:] in ((64, 64), (64, 128))]
+
+
+def test_a_block_that_is_computed_again_holds_the_scores_of_one_run(monkeypatch):
+    """Of four runs, until the MLP is passed back; "none" computes nothing again."""
+
+    def steps():
+        full = analysis.memory("llama-3.1-8b", length=2048, remat="full").temporaries
+        forward = forward_of(dataclasses.replace(SMALL, max_position_embeddings=128))
+        rows = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+        loss = jax.grad(lambda params, rows: jnp.sum(forward.apply(params, rows)))
+        return full, str(jax.make_jaxpr(loss)(forward.shapes(), rows))
+
+    less, none = steps()
+    monkeypatch.setattr(mixing, "MOST_SCORES", 2**40)
+    more, same = steps()
+    # Weights in float32 and bfloat16 of 32 heads, all but those of the last run.
+    assert more - less > 6 * 32 * 512 * (512 + 1024 + 1536)
+    assert none == same
+
+
 def test_far_scores_and_sinks_are_finite():
     """A seen key counts however low its score, and a sink takes its share however high it is."""
-    q, k = jnp.ones((1, 1, 1, 4)), jnp.full((1, 2, 1, 4), -1e4)
+    q, k = jnp.ones((1, 1, 1, 4)), jnp.array([-1e4, 1e4]).repeat(4).reshape(1, 2, 1, 4)
     v = jnp.array([1.0, 2.0]).reshape(1, 2, 1, 1)
     seen = jnp.array([True, False]).reshape(1, 1, 1, 2)
     assert mixing.mix(q, k, v, seen=seen).item() == 1
