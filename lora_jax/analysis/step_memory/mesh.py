@@ -8,9 +8,10 @@ embedding table: all devices of an axis hold all rows, and up to twice the tempo
 
 The totals over XLA's own figures are in `benchmarks/results/estimate.json` and `scale.json`. For a
 CPU, with `fsdp` the temporaries of adapters are up to a third more than estimated. For an H200 the
-totals of mixtures, of delta nets and of T5 in real sizes are 0.95 to 1.02 of XLA's, and their
-temporaries within a tenth, with products in Triton; cuBLAS converts no operand and no result by
-itself, which makes a vision transformer's total 0.92.
+totals of mixtures, of delta nets and of T5 in real sizes are 0.95 to 1.06 of XLA's, and their
+temporaries within a sixth (Qwen3.5 on fsdp x tensor; the others within a tenth), with products in
+Triton; cuBLAS converts no operand and no result by itself, which makes a vision transformer's total
+0.92.
 """
 
 import dataclasses
