@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.config.arguments import check_tree
 from lora_jax.dims import b_dims, check_factors, from_matrix, sizes
 from lora_jax.leaf_class import leaf_class, register_with_flax
@@ -292,9 +292,9 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
 
 
 def widened(*dtypes) -> np.dtype:
-    """float32, or float64 where one of the dtypes is: also under strict promotion."""
+    """float32, or float64 where one of the dtypes is and JAX has it: also under strict promotion."""
     # `jnp.promote_types` with float32 is an error under strict promotion.
-    double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
+    double = any(compat.held(d) == jnp.float64 for d in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 

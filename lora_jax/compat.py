@@ -228,6 +228,11 @@ def _is_left_out(file_name: str, left_out: tuple[str, ...]) -> bool:
     return any(part in file_name for part in left_out)
 
 
+def held(dtype: Any) -> np.dtype:
+    """The dtype in which JAX holds numbers of one: NumPy's float64 is float32 unless x64 is on."""
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is one array, concrete or traced (not a quantized one)."""
     return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray)

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.array import (
     LoraArray,
     RowsArray,
@@ -39,7 +39,7 @@ def merged(x: LoraArray) -> Array:
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
         full = full * spread_outputs(dora.gain(x), x).astype(wide)
-    return full.astype(w.dtype)
+    return full.astype(compat.held(w.dtype))
 
 
 def merge(lora_params: PyTree) -> PyTree:
@@ -192,5 +192,6 @@ def _unmerge_leaf(path: str, x: Any, y: Any) -> Any:
     if x.m is not None:
         full = full / spread_outputs(dora.gain(x), x).astype(wide)
     # Subtraction rounds: where `y` is exactly the merge, the base's own numbers are better.
-    back = (full - delta(x).astype(wide)).astype(y.dtype)
-    return jnp.where(y == merged(x), w.astype(y.dtype), back)
+    own = compat.held(y.dtype)
+    back = (full - delta(x).astype(wide)).astype(own)
+    return jnp.where(y == merged(x), w.astype(own), back)

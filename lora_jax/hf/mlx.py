@@ -31,7 +31,7 @@ from lora_jax.hf.peft.base_names import BASE_NAME, with_name
 from lora_jax.hf.peft.directory import CONFIG_FILE, local, read_tensors
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.save import with_task
-from lora_jax.hf.peft.vllm import for_vllm, in_layer
+from lora_jax.hf.peft.vllm import check_servable, for_vllm, in_layer
 from lora_jax.multi.single import check_single
 from lora_jax.plan.decide import plan
 
@@ -77,6 +77,7 @@ def save_mlx(
     check_argument(order, "config", config, LoraConfig)
     check_whole(lora_params)
     check_single(lora_params)
+    check_servable(config, {}, "MLX")
     leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)
     fields, tensors = with_task(leaves, config, None)
     found = with_name(LoraConfig.from_peft(fields), base_model_name)
@@ -125,6 +126,7 @@ def load_mlx(
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),
         base_model_name=base_model_name,
+        names_tables=False,
     )
 
 

@@ -115,7 +115,8 @@ def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, *, s: np.ndarray) -> Ar
             'then quantize; or use init="default" or init="loftq"'
         )
     change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-    return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)
+    rest = w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)
+    return rest.astype(compat.held(w.dtype))
 
 
 def shaped(leaf: LeafPlan, a: Array, b: Array) -> tuple[Array, Array]:

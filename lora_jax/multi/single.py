@@ -108,7 +108,8 @@ def _one_leaf(name: str, x: Any, y: Any) -> Any:
     if is_lora(y):
         raise ValueError(
             f"`{name}` is adapted by the new adapter, but by none of the stack, which has no room "
-            "for it: make the stack from adapters that together adapt every leaf"
+            "for it: make the stack from adapters that together adapt every leaf, or a pool with a "
+            "`template` that adapts it too"
         )
     return x
 
@@ -141,8 +142,8 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
     if y.roles != x.roles or y.rank > x.rank:
         raise ValueError(
             f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
-            f"ranks up to {x.rank} and roles `{x.roles}`: make the stack with a larger `rank`, or "
-            "plan with the same `roles`"
+            f"ranks up to {x.rank} and roles `{x.roles}`: make the stack or the pool with a "
+            "larger `rank`, or plan with the same `roles`"
         )
     # A smaller array would leave numbers of the slot's previous adapter in place.
     check_shapes(name, y)
@@ -151,8 +152,8 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
         room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)
         if getattr(y, field) is not None and not room:
             raise ValueError(
-                f"`{name}` has {why} in the new adapter, and the stack has no room for one: make "
-                "the stack with such an adapter among its first"
+                f"`{name}` has {why} in the new adapter, and the stack has no room for one: "
+                "give `stack` such an adapter too, or the pool such a `template`"
             )
     return padded(y, blank)
 

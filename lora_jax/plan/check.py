@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 
 from lora_jax import paths
@@ -21,6 +22,9 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
 
     Raises:
       ValueError: with all problems, so that they can be corrected together.
+
+    Warns:
+      UserWarning: a target trains whole, so that it has no adapter.
     """
     leaves = [draft.leaf for draft in drafts]
     names = {name for draft in drafts for name in draft.names.every}
@@ -56,6 +60,15 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
     if not problems and not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
     adapted = [leaf for leaf in leaves if leaf.kind == "lora"]
+    if (whole := _whole_targets(config, drafts)) and not problems:
+        text = (
+            f"`target_modules` {', '.join(whole)} lie in `modules_to_save`, where the whole module "
+            "trains and gets no adapter: name a module in one of the two"
+        )
+        if adapted:  # PEFT is silent here, and refuses a config without any adapter
+            warnings.warn(text, stacklevel=3)
+        else:
+            problems.append(text)
     problems += [
         f"lora_bias=True does not work with the embedding `{leaf.path}`: exclude it"
         for leaf in adapted
@@ -139,6 +152,21 @@ def _useless_targets(
     return problems
 
 
+def _whole_targets(config: LoraConfig, drafts: Sequence[Draft]) -> list[str]:
+    """The listed targets of which every leaf trains whole."""
+    if isinstance(config.target_modules, str) or not config.modules_to_save:
+        return []
+    found = []
+    for entry in config.target_modules:
+        kinds = {
+            leaf.kind
+            for leaf, own, _ in drafts
+            if any(matching.ends_with(name, entry) for name in own.every)
+        }
+        found += [f'"{entry}"'] if kinds == {"saved"} else []
+    return found
+
+
 def _why(leaf: LeafPlan) -> str:
     return f"`{leaf.path}`: {leaf.reason}" + (f", {leaf.left_out}" if leaf.left_out else "")
 
@@ -149,6 +177,8 @@ def too_high(leaf: LeafPlan) -> tuple[str, str] | None:
     limit = min(fan_in, fan_out)
     if leaf.rank <= limit:
         return None
+    if not limit:
+        return f"`{leaf.path}` of shape {leaf.shape} has no number to adapt", "exclude it"
     # A dim wrongly read as a stack leaves a smaller matrix.
     stacked = f"; its dims are read as {leaf.roles}, `roles` overrides" if "s" in leaf.roles else ""
     return (

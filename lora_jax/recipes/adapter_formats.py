@@ -127,7 +127,7 @@ def _load_peft(
 
 
 def _attach(
-    content: Content, model: Any, source: str | Path, plan_of: PlanOf
+    content: Content, model: Any, source: str | Path, plan_of: PlanOf, *, names_tables: bool = True
 ) -> tuple[Any, LoraConfig]:
     from lora_jax.hf.peft.api import attach
 
@@ -140,6 +140,7 @@ def _attach(
         source=str(source),
         model_type=model.config.model_type,
         base_model_name=model.checkpoint,
+        names_tables=names_tables,
     )
 
 
@@ -196,7 +197,7 @@ def _load_mlx(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
-    return _attach(_read_mlx(source), model, source, plan_of)
+    return _attach(_read_mlx(source), model, source, plan_of, names_tables=False)
 
 
 def _save_mlx(

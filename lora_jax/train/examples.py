@@ -152,7 +152,7 @@ def examples(
     if not hasattr(tokenizer, "encode_prompt"):
         raise TypeError(
             f"`tokenizer` must be one of `lora.hf`, as `model.tokenizer` is, got "
-            f"{kind_of(tokenizer)}: call `lora.train.examples(records, tokenizer, max_length=...)`"
+            f"{kind_of(tokenizer)}: read one by `lora.hf.tokenizer.from_directory(directory)`"
         )
     if config is not None and not (hasattr(config, "task") or hasattr(config, "model_type")):
         raise TypeError(f"`config` must be `model.config`, got {kind_of(config)}")

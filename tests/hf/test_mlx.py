@@ -133,3 +133,43 @@ def test_what_mlx_has_no_place_for_is_refused(tmp_path):
     write_mlx(tmp_path / "a", CONFIG, random_tensors())
     with pytest.raises(FileExistsError, match="a"):
         write_mlx(tmp_path / "a", CONFIG, random_tensors())
+
+
+_TOKENS, _ROWS = np.array([1, 2]), np.ones((2, 8), np.float32)
+_OWN = {  # models of one's own: parameters' shapes, the model, what is adapted, its input
+    "tied": ({"wte": {"w": (11, 8)}}, lambda p, t: p["wte"]["w"][t] @ p["wte"]["w"].T, _TOKENS),
+    "looked up": (
+        {"tok": {"embedding": (8, 8)}, "o": (8, 5)},
+        lambda p, t: p["tok"]["embedding"][t] @ p["o"], _TOKENS,
+    ),
+    "a matrix": (
+        {"embed_tokens": {"kernel": (8, 8)}}, lambda p, x: x @ p["embed_tokens"]["kernel"], _ROWS,
+    ),
+    "experts": (
+        {"experts": {"up": (4, 8, 6), "down": (4, 6, 8)}},
+        lambda p, x: jax.vmap(lambda u, d: x @ u @ d)(p["experts"]["up"], p["experts"]["down"]),
+        _ROWS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes, model, x", _OWN.values(), ids=_OWN)
+def test_tables_and_experts_of_ones_own_come_back(tmp_path, shapes, model, x):
+    rng = np.random.default_rng(0)
+    is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: rng.normal(size=s).astype("float32"), shapes, is_leaf=is_shape)
+    targets = r".*(w|tok|o|embed_tokens|up|down|wte)"
+    config = LoraConfig(rank=2, alpha=2, target_modules=targets, init="random")
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
+    hf.save_mlx(tmp_path / "a", tree, config)
+    again, _ = hf.load_mlx(tmp_path / "a", model, params, x)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_adapted_parameters_are_refused_before_their_layout_is_asked_for(tmp_path):
+    params = {"experts": {"up": np.ones((4, 8, 8), np.float32)}}
+    model = jax.vmap(lambda p, x: x @ p["experts"]["up"], in_axes=(0, None))
+    config = LoraConfig(rank=2, target_modules=(), target_parameters=("experts.up",))
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, _ROWS), params)
+    with pytest.raises(ValueError, match="MLX cannot serve an adapter with adapted parameters"):
+        hf.save_mlx(tmp_path / "a", tree, config)

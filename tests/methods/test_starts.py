@@ -233,3 +233,18 @@ def test_the_orthogonal_start_has_two_factors_whose_product_is_zero():
     # Normal numbers times half of an orthogonal matrix, and PEFT's 1/10.
     for factor in (leaf.a, leaf.b):
         np.testing.assert_allclose(float(jnp.std(factor)), 0.5**0.5 / 10, rtol=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_float64_of_numpy_is_what_jax_makes_of_it(options):
+    rng = np.random.default_rng(0)
+    params, x = {"up": rng.normal(size=(8, 6))}, np.ones((2, 8), np.float32)
+    model = lora.lorafy(lambda p, x: x @ p["up"])
+    config = lora.LoraConfig(rank=2, target_modules=("up",), **options)
+    # Warnings, such as JAX's of a dtype that it does not have, are errors.
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
+    assert tree["up"].a.dtype == np.float32
+    np.testing.assert_allclose(model(tree, x), x @ params["up"], atol=1e-5)  # float32
+    merged = lora.merge(tree)
+    np.testing.assert_allclose(merged["up"], params["up"], atol=1e-6)
+    np.testing.assert_allclose(lora.unmerge(merged, tree)["up"], tree["up"].w, atol=1e-6)

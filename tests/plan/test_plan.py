@@ -106,14 +106,14 @@ def test_ten_matrices_left_out_are_named():
 
 def test_integers_neither_train_nor_get_advice_that_fails():
     def fn(p, x):
-        return x @ p["attn"]["w"] + p["attn"]["ids"].astype(jnp.float32)[:, 0]
+        return x @ p["attn"]["w"] + x @ p["v"] + p["attn"]["ids"].astype(jnp.float32)[:, 0]
 
-    params = {"attn": {"w": shaped(8, 4), "ids": shaped(4, 2, dtype="int32")}}
+    params = {"attn": {"w": shaped(8, 4), "ids": shaped(4, 2, dtype="int32")}, "v": shaped(8, 4)}
 
     def plan(**fields):
         return lora.plan(lora.LoraConfig(rank=2, **fields), fn, params, shaped(2, 8))
 
-    saved = plan(target_modules=("w",), modules_to_save=("attn",)).by_path()
+    saved = plan(target_modules=("v",), modules_to_save=("attn",)).by_path()
     assert (saved["attn.w"].kind, saved["attn.ids"].kind) == ("saved", "frozen")
     with pytest.raises(
         ValueError, match=r"adapts nothing \(`attn.ids`: not a floating-.*dimension"

@@ -80,3 +80,22 @@ def test_a_listed_target_that_is_wholly_excluded_is_no_fault():
     assert [leaf.path for leaf in plan.adapted] == ["net.layers.up.kernel"]
     with pytest.raises(ValueError, match="matches nothing in a tree of 5 leaves"):
         planned(target_modules=("down",), exclude_modules=("down",))
+
+
+def test_a_target_that_trains_whole_is_said_and_one_alone_is_refused_as_by_peft():
+    text = '"up" lie in `modules_to_save`, where the whole module trains and gets no adapter'
+    with pytest.warns(UserWarning, match=text):
+        plan = planned(target_modules=("up", "down"), modules_to_save=("up",))
+    assert [leaf.path for leaf in plan.adapted] == ["net.layers.down.kernel"]
+    with pytest.raises(ValueError, match=text):
+        planned(modules_to_save=("up",))
+    # Of two modules that an entry names, one may train whole.
+    planned(target_modules=("kernel",), modules_to_save=("up",))
+
+
+def test_a_weight_without_numbers_gets_advice_that_can_be_followed():
+    params, x = {"w": shaped(8, 0), "v": shaped(8, 4)}, shaped(2, 8)
+    model = lambda p, x: (x @ p["w"]).sum() + x @ p["v"]  # noqa: E731
+    config = lora.LoraConfig(rank=2, target_modules=("w", "v"))
+    with pytest.raises(ValueError, match=r"`w` of shape \(8, 0\) has no number.*: exclude it"):
+        lora.plan(config, model, params, x)

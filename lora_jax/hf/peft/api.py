@@ -34,7 +34,7 @@ from lora_jax.hf.peft.base import (
 )
 from lora_jax.hf.peft.base_names import BASE_NAME, warn_of_name
 from lora_jax.hf.peft.card import auto_class_of
-from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
+from lora_jax.hf.peft.copies import check_vocabulary, tables_of, with_tables, without_copies
 from lora_jax.hf.peft.directory import (
     CONFIG_FILE,
     read_directory,
@@ -69,7 +69,8 @@ def read_peft(
       directory: holds `adapter_config.json` and `adapter_model.safetensors`; a Hub id
         (`owner/name`) is looked for in the cache, then fetched.
       model_type: Hugging Face's name of the model family, for a config that leaves
-        target_modules out: PEFT's default depends on it.
+        target_modules out: PEFT's default depends on it. By default that of the base that the
+        config names, where it is a directory.
 
     Returns:
       The config, and PEFT's tensors by their names, in their stored dtype.
@@ -81,6 +82,7 @@ def read_peft(
     """
     fields, tensors = read_directory(directory)
     try:
+        model_type = model_type or model_type_of(fields.get(BASE_NAME))
         config = LoraConfig.from_peft(fields, model_type=model_type)
     except (TypeError, ValueError) as error:
         path = os.path.join(directory, CONFIG_FILE)
@@ -106,7 +108,8 @@ def load_peft(
       fn: the model, a function of its parameters.
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
-      model_type: as for `read_peft`; it also decides how square experts lie in the file.
+      model_type: as for `read_peft`, or that of `base_model_name`; it also decides how square
+        experts lie in the file.
       name_map: Hugging Face's names of the model's parameters, from `lora_jax.hf.name_map`; None
         where their paths are these names, or those of transformers' Flax models.
       roles: as `LoraConfig.roles`, by the paths of `params`: for weights whose dims the plan reads
@@ -133,6 +136,7 @@ def load_peft(
     check_function(_LOAD, fn)
     if name_map is not None:
         check_argument(_LOAD, "name_map", name_map, NameMap)
+    model_type = model_type or model_type_of(base_model_name)
     config, tensors = read_peft(directory, model_type=model_type)
     loaded = attach(
         config,
@@ -143,7 +147,7 @@ def load_peft(
         params,
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),
-        model_type=model_type,
+        model_type=model_type or model_type_of(config.extra.get(BASE_NAME)),
         base_model_name=base_model_name,
     )
     warn_of_base(trained_over(directory), loaded[0], str(directory))
@@ -160,6 +164,7 @@ def attach(
     name_map: NameMap | None = None,
     model_type: str | None = None,
     base_model_name: str | os.PathLike | None = None,
+    names_tables: bool = True,
 ) -> tuple[Any, LoraConfig]:
     """Puts the content of an adapter's file onto a model.
 
@@ -172,6 +177,8 @@ def attach(
       name_map: Hugging Face's names of the parameters, where their paths are not these names.
       model_type: as for `load_peft`.
       base_model_name: as for `load_peft`.
+      names_tables: the file has PEFT's names: those of an embedding's factors are others than those
+        of a matrix, and a tied head has factors of its own.
 
     Returns:
       `params` with LoRA leaves, and the config.
@@ -192,6 +199,8 @@ def attach(
         _plan, leaves=leaves, places=places, plan_of=plan_of, source=source, name_map=name_map
     )
     plan, saved = planned(config)
+    if not names_tables:
+        tensors = with_tables(tensors, plan, places)
     check_task(
         config,
         tensors,
@@ -205,7 +214,8 @@ def attach(
         # The file holds tables of its own, which train whole.
         config = settled
         plan, saved = planned(config)
-    check_tying(config, tensors, plan, source)
+    if names_tables:  # elsewhere a tied table is one module, and so is its adapter
+        check_tying(config, tensors, plan, source)
     blank = _blank(plan, params, source)
     if places is None:
         filled = fill(blank, config, tensors, source=source, model_type=model_type)

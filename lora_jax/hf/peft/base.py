@@ -113,16 +113,15 @@ def flags_of(trained: str) -> str:
     )
 
 
-def model_type_of(base: str | None) -> str | None:
+def model_type_of(base: Any) -> str | None:
     """The model family of a base model, where its directory is on this machine.
 
     Args:
-      base: path of a directory, or a hub id.
+      base: path of a directory, or a hub id; anything else has none.
     """
-    config = Path(base or "") / "config.json"
-    if base is None or not config.is_file():
+    if not isinstance(base, str | Path) or not base or not (Path(base) / "config.json").is_file():
         return None
-    fields = read_json(config)
+    fields = read_json(Path(base) / "config.json")
     return fields.get("model_type") if isinstance(fields, dict) else None
 
 

@@ -12,6 +12,7 @@ trains whole, with the file's numbers.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,13 +24,16 @@ from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.name_maps.rules import Part, Placed, block_there, shape_there
-from lora_jax.hf.peft.index import PREFIX, is_embedding
+from lora_jax.hf.peft.index import PREFIX, is_embedding, modules_of
 from lora_jax.hf.peft.tensors import TOKEN_ROWS
 from lora_jax.hf.peft.tying import HEAD, TYING, ties
 from lora_jax.paths import bare, module_of
 from lora_jax.plan.leaf import Plan
 
 _HEADS = (HEAD, "embed_out")
+
+# PEFT's names of the factors of a matrix, and of a table.
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 
 # Ends of the names of copies of the base.
 _ORIGINAL = "original_module.weight"
@@ -83,6 +87,33 @@ def _read(leaf: Any, placed: Placed | None, part: Part | None, *, turned: bool) 
     if placed is not None and part is not None:
         array = np.asarray(block_there(array, placed, part))
     return array.T if turned else array
+
+
+def with_tables(
+    tensors: Mapping[str, np.ndarray], plan: Plan, places: Mapping[str, Placed] | None = None
+) -> dict[str, np.ndarray]:
+    """Names the factors of tables and of matrices as PEFT does, for a file that names both alike.
+
+    Args:
+      tensors: by name, as PEFT has them but for that.
+      plan: of the adapter's config, which shows the tables: leaves whose rows are looked up.
+      places: of the leaves, where they are under a name map.
+    """
+    tables: set[str] = set()
+    for leaf in plan.leaves:
+        placed = (places or {}).get(leaf.path)
+        if leaf.lookup and placed:
+            tables |= {module_of(part.path) for part in placed.parts}
+        elif leaf.lookup and places is None:
+            tables |= {name for _, name in modules_of(leaf.path, leaf)}
+    out = {}
+    for key, tensor in tensors.items():
+        if match := _FACTOR.fullmatch(key):
+            module, part = match.groups()
+            is_table = module.removeprefix(PREFIX) in tables
+            key = f"{module}.lora_embedding_{part}" if is_table else f"{module}.lora_{part}.weight"
+        out[key] = tensor
+    return out
 
 
 def check_vocabulary(

@@ -107,8 +107,9 @@ def fill(
 def _check_meant(rows: Sequence[IndexRow]) -> None:
     if isinstance(rows[0].leaf, LoraArray) and not any(row.rank for row in rows):
         raise ValueError(
-            f"leaf `{rows[0].path}` has an adapter, but the config does not target it; use the "
-            "config the tree was made with"
+            f"leaf `{rows[0].path}` has an adapter, but the config targets none of its layers "
+            f"(`{rows[0].name}`); use the config the tree was made with, or state by `roles` how "
+            "the leaf's dims are to be read"
         )
 
 

@@ -1,20 +1,23 @@
 """A config that came with an adapter, made one that `lora_jax.plan` accepts."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from lora_jax.config import matching
-from lora_jax.config.lora import LoraConfig
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft.index import (
     every_module,
     every_parameter,
+    modules_of,
     parameters_of,
     their_parameter,
 )
 from lora_jax.hf.peft.tying import HEAD
-from lora_jax.paths import bare, module_of
+from lora_jax.paths import bare, expand, module_of
 
 
 def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> LoraConfig:
@@ -39,6 +42,7 @@ def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> Lor
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     config = _in_our_parameters(settled(config, leaves), leaves)
+    config = _in_our_modules(config, leaves)
     # Such a start is computed again from the base, for which `init` takes the ranks as they are.
     if base_change(config.init) == "repeatable":
         return config
@@ -59,6 +63,31 @@ def _in_our_parameters(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraCon
         }
         entries += [f"{module}.{name}" if module else name for name in sorted(ours or {theirs})]
     return dataclasses.replace(config, target_parameters=tuple(dict.fromkeys(entries)))
+
+
+def _in_our_modules(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
+    """The config with target_modules by the names of a plan, which does not number experts."""
+    targets = config.target_modules
+    numbered = isinstance(targets, str) or any(re.search(r"\d", entry) for entry in targets)
+    if targets == ALL_LINEAR or not numbered:
+        return config
+    ours: dict[str, str] = {}  # layers.2.experts.0.up -> layers.experts.up
+    for path, leaf in leaves.items():
+        module = module_of(bare(path))
+        known = expand(module, leaf.shape[0]) if leaf.shape else ()
+        names = {name for _, name in modules_of(path, leaf)} - {module, *known}
+        ours |= dict.fromkeys(names, module)
+    if isinstance(targets, str):
+        found = {module for name, module in ours.items() if matching.fits(targets, name)}
+        every = "|".join((f"(?:{targets})", *map(re.escape, sorted(found))))
+        return dataclasses.replace(config, target_modules=every if found else targets)
+    ends: dict[str, dict[str, None]] = {}  # entries may be the end of a name
+    for name, module in ours.items():
+        parts = name.split(".")
+        for i in range(len(parts)):
+            ends.setdefault(".".join(parts[i:]), {})[module] = None
+    each = (ends.get(x, (x,)) if re.search(r"\d", x) else (x,) for x in targets)
+    return dataclasses.replace(config, target_modules=tuple(dict.fromkeys(chain(*each))))
 
 
 def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:

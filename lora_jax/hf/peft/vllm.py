@@ -87,7 +87,7 @@ def for_vllm(
         rank_pattern=fields["rank_pattern"],
         alpha_pattern=fields["alpha_pattern"],
     )
-    _check_servable(config, tensors, reader)
+    check_servable(config, tensors, reader)
     pairs = [*_served(_pairs(tensors, config), config, model_type)]
     ranks, scales = {pair.rank for pair in pairs}, {pair.scale for pair in pairs}
     rank = max(ranks)
@@ -183,7 +183,17 @@ def _renamed(module: str, model_type: str | None) -> str:
     return module.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else module
 
 
-def _check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str) -> None:
+def check_servable(config: LoraConfig, tensors: Mapping[str, Any], reader: str) -> None:
+    """Refuses an adapter with parts that vLLM, or MLX, does not read.
+
+    Args:
+      config: the adapter's.
+      tensors: PEFT's by name.
+      reader: "vLLM" or "MLX".
+
+    Raises:
+      ValueError: it has such a part.
+    """
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.lora_bias, "biases of its own (lora_bias=True)"),

@@ -76,6 +76,9 @@ def test_experts_in_the_order_of_their_class(case, sizes, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": model_type}))
     save_peft(tmp_path / "c", tree, config, base_model_name=str(tmp_path / "base"))
+    for name, base in (("c", None), ("a", str(tmp_path / "base"))):
+        again, _ = load_peft(tmp_path / name, fn, params, h, base_model_name=base)
+        jax.tree.map(np.testing.assert_array_equal, again, tree)
     # Of an oblong parameter the shapes show the order.
     if sizes[0] == sizes[1] and order == "eio":
         with pytest.raises(ValueError, match="its experts are square matrices .* pass model_type"):

@@ -1,6 +1,7 @@
 """PEFT's layouts of convolutions and of experts, both ways against the real `peft`."""
 
 import dataclasses
+import json
 from functools import partial
 
 import flax.linen as nn
@@ -266,4 +267,27 @@ def test_our_experts_in_peft(tmp_path):
     want = peft_reads(f"{PLACE}/experts/ours", tmp_path / "a", there, output_for(X))
     close(want, quick(lora.lorafy(fn), tree, X))
     again, _ = load_peft(tmp_path / "a", fn, params, X)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [[f"layers.{i}.experts.{j}.up" for i in range(3) for j in range(4)],
+     [f"experts.{j}.up" for j in range(4)], r".*experts\.\d+\.up"],
+    ids=("names", "ends", "expression"),
+)  # fmt: skip
+def test_a_config_may_name_each_expert_of_a_stack(targets, tmp_path):
+    x = np.ones((2, 8), np.float32)
+    params = {"layers": {"experts": {"up": np.ones((3, 4, 8, 8), np.float32)}}}
+
+    def model(params, x):
+        each = jax.vmap(lambda w: x @ w)
+        return jax.lax.map(each, params["layers"]["experts"]["up"])
+
+    config = lora.LoraConfig(rank=2, target_modules=("up",), init="random")
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
+    lora.hf.save_peft(tmp_path, tree, config)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
+    again, _ = lora.hf.load_peft(tmp_path, model, params, x)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
