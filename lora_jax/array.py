@@ -292,7 +292,7 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
 
 
 def widened(*dtypes) -> np.dtype:
-    """float32, or float64 where one of the dtypes is and JAX has it: also under strict promotion."""
+    """float32, or float64 where a dtype is, if JAX has it: also under strict promotion."""
     # `jnp.promote_types` with float32 is an error under strict promotion.
     double = any(compat.held(d) == jnp.float64 for d in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)

@@ -51,6 +51,7 @@ from lora_jax.recipes.forms import (
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run, check_resumed
+from lora_jax.train.chat import without_thinking
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.evaluate import check_causal, check_model
 from lora_jax.train.examples import TooLong
@@ -176,6 +177,9 @@ def finetune(
 
     def prepare(model: Any) -> None:
         check_causal(model)
+        if goal_of(model.config) is None and model.tokenizer is not None:
+            # Here too, because the adapter's form is that of the records.
+            records[:] = without_thinking(records, model.tokenizer)
         data.extend(read(model, records))
         eval_data.extend(read(model, held_out) if held_out else ())
         _check_run(model, data, job, lora_config, train_config)

@@ -6,14 +6,18 @@ What is learned is what the model has to generate: from the end of the prompt th
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from lora_jax.train.jsonl import Record
 from lora_jax.train.messages import REASONING, Message, is_learned
 
 # Fields of an answer beside its content; those in one row are names of the same thing.
 _FIELDS = (("tool_calls",), REASONING)
+# Variables of templates that switch reasoning on and off.
+_SWITCHES = ("enable_thinking", "thinking")
 # Tokens, and which of them are learned.
 Marked = tuple[list[int], list[bool]]
 
@@ -127,7 +131,7 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
         raise ValueError(
             f"the tokenizer's chat template writes message {len(messages) - 1} elsewhere than "
             "behind the prompt it makes for it, so what is trained is not what is generated; "
-            f"{_agreeing(messages, options, tokenizer)}mark the answers in the template by "
+            f"{_way_out(messages, options, tokenizer)}mark the answers in the template by "
             '`{% generation %}`, or use "prompt" and "completion"'
         )
     head, tokens = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
@@ -145,18 +149,70 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
     return tokens[:end], [False] * len(head) + [True] * (end - len(head))
 
 
-def _agreeing(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> str:
-    """A switch of thinking with which the template writes the answer behind its prompt."""
-    for name, value in product(("enable_thinking", "thinking"), (False, True)):
-        changed = {**options, name: value}
-        try:
-            before = tokenizer.render_chat(messages[:-1], True, **changed)
-            fits = tokenizer.render_chat(messages, False, **changed).startswith(before)
-        except ValueError:
-            continue
-        if fits:
+def _way_out(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> str:
+    """A switch of thinking with which the template writes the answer behind its prompt, if any."""
+    for name, value in product(_SWITCHES, (False, True)):
+        if _follows(messages, {**options, name: value}, tokenizer):
             return f'add "chat_template_kwargs": {json.dumps({name: value})} to the rows, '
     return ""
+
+
+def _follows(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether the template writes the last message behind the prompt that it makes for it."""
+    try:
+        before = tokenizer.render_chat(messages[:-1], True, **options)
+        return tokenizer.render_chat(messages, False, **options).startswith(before)
+    except ValueError:
+        return False
+
+
+def without_thinking(records: Sequence[Record], tokenizer: Any) -> list[Record]:
+    """Chats with thinking switched off, where the template's prompt begins it and no row has any.
+
+    The prompts of some templates (GLM-4.7, DeepSeek-V3.2) begin a thought unless a switch is off.
+    Answers without one would be learned behind another prompt than the one of generation. With the
+    switch off both are the same; it is kept beside the adapter as if the rows had named it.
+
+    Args:
+      records: of any form.
+      tokenizer: as for `chat_examples`.
+
+    Warns:
+      UserWarning: it is switched off.
+    """
+    plain = [i for i, record in enumerate(records) if _is_plain(record)]
+    first = records[plain[0]] if plain else None
+    if first is None:
+        return list(records)
+    turns, options = first.fields[0], first.options
+    chats = [turns[: i + 1] for i, turn in enumerate(turns) if i and is_learned(turn)]
+    for name in (None, *_SWITCHES):
+        off = {} if name is None else {name: False}
+        if all(_follows(chat, {**off, **options}, tokenizer) for chat in chats):
+            break
+    else:
+        return list(records)
+    if not off or tokenizer.marked_chat(turns, **options) is not None:
+        return list(records)
+    warnings.warn(
+        f"{first.source}: the chat template begins a thought for the answer, and the rows have "
+        f'none: they are trained with "chat_template_kwargs": {json.dumps(off)}, as `generate` '
+        "writes its prompts with this adapter; give the same to other programs that serve it",
+        stacklevel=3,
+    )
+    out = list(records)
+    for i in plain:
+        out[i] = records[i]._replace(options={**off, **records[i].options})
+    return out
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether a record is a chat whose answers have no reasoning."""
+    return record.form == "messages" and not any(
+        any(map(turn.get, REASONING)) or "</think>" in str(turn["content"])
+        for turn in record.fields[0]
+        if turn["role"] == "assistant"
+    )
 
 
 def _end(tokens: Sequence[int], start: int, tokenizer: Any) -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32
 
 from lora_jax.config.arguments import SettingsError, check_count, kind_of, quoted
 from lora_jax.hf.images import Pixels
-from lora_jax.train.chat import Marked, chat_examples, unwritten
+from lora_jax.train.chat import Marked, chat_examples, unwritten, without_thinking
 from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.jsonl import Record, at_source, load_jsonl
 from lora_jax.train.labelled import rows_of
@@ -142,7 +142,8 @@ def examples(
 
     Warns:
       UserWarning: no example teaches the model to end its answer, or the chat template leaves out
-        tools, calls of them, or reasoning; or records have classes, and there are no `labels`.
+        tools, calls of them, or reasoning, or begins reasoning that no row has, which is switched
+        off; or records have classes, and there are no `labels`.
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
@@ -173,6 +174,7 @@ def examples(
     elif start is not None:
         made = [_read_first(record, tokenizer, start) for record in records]
     else:
+        records = without_thinking(records, tokenizer)
         _check_written(records, tokenizer)
         if classes := [record.source for record in records if record.label is not None]:
             warnings.warn(

@@ -114,7 +114,7 @@ def test_template_that_writes_answers_elsewhere_is_refused():
         examples([record], Counting(), max_length=99)
 
 
-def test_a_switch_of_thinking_that_would_help_is_named():
+def test_thinking_that_no_row_has_is_switched_off_and_one_that_helps_is_named():
     """As GLM's template, whose prompt begins to think and whose answers without thoughts do not."""
     thinks = "'</t>' if enable_thinking is defined and not enable_thinking else '<t>'"
     template = (
@@ -125,12 +125,23 @@ def test_a_switch_of_thinking_that_would_help_is_named():
     )
     tokenizer = dataclasses.replace(tiny_tokenizer(), chat_template=template)
     row = chat(("user", "a"), ("assistant", "b"))
+    with pytest.warns(
+        UserWarning, match='trained with "chat_template_kwargs": {"enable_th'
+    ):
+        (plain,) = examples([record_of(row)], tokenizer, max_length=99)
+    thought = chat(("user", "a"), ("assistant", "<t>c</think>b"))
     with pytest.raises(ValueError, match='add "chat_template_kwargs": {"enable_thinking": false}'):
-        examples([record_of(row)], tokenizer, max_length=99)
+        examples([record_of(thought)], tokenizer, max_length=99)
     off = {**row, "chat_template_kwargs": {"enable_thinking": False}}
     (example,) = examples([record_of(off)], tokenizer, max_length=99)
     said = example.tokens[example.learned].tolist()
     assert tokenizer.decode(said, skip_special_tokens=False) == "b<|im_end|>"
+    np.testing.assert_array_equal(plain.tokens, example.tokens)
+    np.testing.assert_array_equal(plain.learned, example.learned)
+    # What the records name themselves is left as it is.
+    on = {**row, "chat_template_kwargs": {"enable_thinking": True}}
+    with pytest.raises(ValueError, match="elsewhere than behind the prompt"):
+        examples([record_of(on)], tokenizer, max_length=99)
 
 
 def test_template_that_refuses_is_named_with_the_line():
