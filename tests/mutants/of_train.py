@@ -210,5 +210,8 @@ FAULTS = [
         "tests/train/test_packing.py",
         ("-(-max(lengths) // row_multiple(spans)) * row_multiple(spans)", "max(lengths)"),
         ("epochs=-(-total // choice.steps)", "epochs=max(total // choice.steps, 1)"),
+        ("2 * packed < padded", "packed < padded"),
+        (" and padded > _PADDED", ""),
+        (".parameters and not whole_rows(model)", ".parameters"),
     ),
 ]  # fmt: skip

@@ -125,9 +125,7 @@ def test_thinking_that_no_row_has_is_switched_off_and_one_that_helps_is_named():
     )
     tokenizer = dataclasses.replace(tiny_tokenizer(), chat_template=template)
     row = chat(("user", "a"), ("assistant", "b"))
-    with pytest.warns(
-        UserWarning, match='trained with "chat_template_kwargs": {"enable_th'
-    ):
+    with pytest.warns(UserWarning, match='trained with "chat_template_kwargs": {"enable_th'):
         (plain,) = examples([record_of(row)], tokenizer, max_length=99)
     thought = chat(("user", "a"), ("assistant", "<t>c</think>b"))
     with pytest.raises(ValueError, match='add "chat_template_kwargs": {"enable_thinking": false}'):
