@@ -8,7 +8,7 @@ FAULTS = [
         "tests/methods/test_starts.py",
         ("np.arange(leaf.rank)[None] <", "np.arange(leaf.rank)[None] <="),
         ("return widened(leaf.dtype)", 'return np.dtype("float32")'),
-        ("leaf.roles)).astype(w.dtype)", "leaf.roles))"),
+        ("return rest.astype(compat.held(w.dtype))", "return rest"),
         ("if is_quant(w):", "if False:"),
         ("s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)",
          "jnp.matmul(a, b, precision=lax.Precision.HIGHEST) / s"),
@@ -46,7 +46,7 @@ FAULTS = [
         "tests/test_merge.py tests/test_lora_bias.py",
         ("w.astype(wide) + delta(x).astype(wide)", "w + delta(x).astype(w.dtype)"),
         ("x.bias * scale.astype(x.bias.dtype)", "x.bias"),
-        ("jnp.where(y == merged(x), w.astype(y.dtype), back)", "back"),
+        ("jnp.where(y == merged(x), w.astype(own), back)", "back"),
         ("if new is not old and not", "if not"),
         ("jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))",
          "(y.astype(wide) - change.astype(wide)).astype(y.dtype)"),
@@ -111,7 +111,7 @@ FAULTS = [
     *in_file(
         "methods/factors.py",
         "tests/methods/test_starts.py",
-        ("return (w.astype(a.dtype) - ", "return (w - "),
+        ("rest = w.astype(a.dtype) - ", "rest = w - "),
     ),
     *in_file(
         "methods/loftq.py",
