@@ -6,6 +6,7 @@ What is learned is what the model has to generate: from the end of the prompt th
 """
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -18,6 +19,7 @@ from lora_jax.train.messages import REASONING, Message, is_learned
 _FIELDS = (("tool_calls",), REASONING)
 # Variables of templates that switch reasoning on and off.
 _SWITCHES = ("enable_thinking", "thinking")
+_ENDS_OF_THOUGHT = ("</think>", "<channel|>", "<|END_THINKING|>")
 # Tokens, and which of them are learned.
 Marked = tuple[list[int], list[bool]]
 
@@ -128,6 +130,8 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
     before = tokenizer.render_chat(messages[:-1], True, **options)
     after = tokenizer.render_chat(messages, False, **options)
     if not after.startswith(before):
+        after = _behind_no_thought(messages, before, after, options, tokenizer) or after
+    if not after.startswith(before):
         raise ValueError(
             f"the tokenizer's chat template writes message {len(messages) - 1} elsewhere than "
             "behind the prompt it makes for it, so what is trained is not what is generated; "
@@ -147,6 +151,29 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
     end = _end(tokens, len(head), tokenizer)
     # What the template writes behind the end token belongs to the next turn.
     return tokens[:end], [False] * len(head) + [True] * (end - len(head))
+
+
+def _behind_no_thought(
+    messages: Sequence[Message], before: str, after: str, options: Mapping[str, Any], tokenizer: Any
+) -> str | None:
+    """The prompt and the answer, where the prompt has an empty thought that turns have not.
+
+    Gemma 4 31B's ends in `<|channel>thought\\n<channel|>`, DeepSeek-V3.2's in `</think>`. The
+    model answers behind it, and so the answer is learned there.
+    """
+    answer = messages[-1]
+    if not _is_plain_turn(answer) or not isinstance(answer["content"], str):
+        return None
+    # Where the content begins, both texts begin to differ.
+    other = {**answer, "content": "#" if answer["content"].lstrip()[:1] == "@" else "@"}
+    try:
+        second = tokenizer.render_chat([*messages[:-1], other], False, **options)
+    except ValueError:
+        return None
+    head = os.path.commonprefix([after, second])
+    thought = before.removeprefix(head).rstrip()
+    closed = before.startswith(head) and thought.endswith(_ENDS_OF_THOUGHT)
+    return before + after[len(head) :] if closed else None
 
 
 def _way_out(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> str:
@@ -169,7 +196,7 @@ def _follows(messages: Sequence[Message], options: Mapping[str, Any], tokenizer:
 def without_thinking(records: Sequence[Record], tokenizer: Any) -> list[Record]:
     """Chats with thinking switched off, where the template's prompt begins it and no row has any.
 
-    The prompts of some templates (GLM-4.7, DeepSeek-V3.2) begin a thought unless a switch is off.
+    The prompts of some templates (GLM-4.7, Nemotron 3) begin a thought unless a switch is off.
     Answers without one would be learned behind another prompt than the one of generation. With the
     switch off both are the same; it is kept beside the adapter as if the rows had named it.
 
@@ -208,11 +235,14 @@ def without_thinking(records: Sequence[Record], tokenizer: Any) -> list[Record]:
 
 def _is_plain(record: Record) -> bool:
     """Whether a record is a chat whose answers have no reasoning."""
-    return record.form == "messages" and not any(
-        any(map(turn.get, REASONING)) or "</think>" in str(turn["content"])
-        for turn in record.fields[0]
-        if turn["role"] == "assistant"
+    return record.form == "messages" and all(
+        _is_plain_turn(turn) for turn in record.fields[0] if turn["role"] == "assistant"
     )
+
+
+def _is_plain_turn(turn: Message) -> bool:
+    text = str(turn["content"])
+    return not any(map(turn.get, REASONING)) and not any(end in text for end in _ENDS_OF_THOUGHT)
 
 
 def _end(tokens: Sequence[int], start: int, tokenizer: Any) -> int:

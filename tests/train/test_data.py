@@ -142,6 +142,32 @@ def test_thinking_that_no_row_has_is_switched_off_and_one_that_helps_is_named():
         examples([record_of(on)], tokenizer, max_length=99)
 
 
+@pytest.mark.parametrize("thought", ["</think>", "<|channel>thought\n<channel|>"])
+def test_an_answer_is_learned_behind_the_empty_thought_of_its_prompt(thought):
+    """As DeepSeek-V3.2's and Gemma 4's templates, whose turns have no thought."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:" + thought + "{% endif %}"
+    )
+    tokenizer = dataclasses.replace(tiny_tokenizer(), chat_template=template)
+    turns = ("user", "a"), ("assistant", "@b"), ("user", "c"), ("assistant", "<d")
+    found = examples([record_of(chat(*turns))], tokenizer, max_length=99)
+    texts = [tokenizer.decode(x.tokens.tolist(), skip_special_tokens=False) for x in found]
+    first = f"user:a<|im_end|>assistant:{thought}@b<|im_end|>"
+    assert texts[0] == first
+    assert (
+        texts[1] == f"{first.replace(thought, '')}user:c<|im_end|>assistant:{thought}<d<|im_end|>"
+    )
+    learned = [tokenizer.decode(x.tokens[x.learned].tolist(), skip_special_tokens=False)
+               for x in found]  # fmt: skip
+    assert learned == ["@b<|im_end|>", "<d<|im_end|>"]
+    # One with a thought of its own stays refused.
+    with pytest.raises(ValueError, match="elsewhere than behind the prompt"):
+        examples(
+            [record_of(chat(*turns[:1], ("assistant", "x</think>b")))], tokenizer, max_length=9
+        )
+
+
 def test_template_that_refuses_is_named_with_the_line():
     class Refusing(Tokenizer):
         def render_chat(self, messages, add_generation_prompt=False, **options):
