@@ -142,8 +142,8 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
     if y.roles != x.roles or y.rank > x.rank:
         raise ValueError(
             f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
-            f"ranks up to {x.rank} and roles `{x.roles}`: make the stack or the pool with a "
-            "larger `rank`, or plan with the same `roles`"
+            f"ranks up to {x.rank} and roles `{x.roles}`: make the stack with a larger `rank`, "
+            "or the pool, or plan with the same `roles`"
         )
     # A smaller array would leave numbers of the slot's previous adapter in place.
     check_shapes(name, y)

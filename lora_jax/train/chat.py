@@ -158,8 +158,8 @@ def _behind_no_thought(
 ) -> str | None:
     """The prompt and the answer, where the prompt has an empty thought that turns have not.
 
-    Gemma 4 31B's ends in `<|channel>thought\\n<channel|>`, DeepSeek-V3.2's in `</think>`. The
-    model answers behind it, and so the answer is learned there.
+    Gemma 4 31B's ends in `<|channel>thought\\n<channel|>`, DeepSeek-V3.2's in `<think></think>`,
+    of which turns have `</think>`. The model answers behind it: the answer is learned there.
     """
     answer = messages[-1]
     if not _is_plain_turn(answer) or not isinstance(answer["content"], str):
@@ -171,8 +171,9 @@ def _behind_no_thought(
     except ValueError:
         return None
     head = os.path.commonprefix([after, second])
-    thought = before.removeprefix(head).rstrip()
-    closed = before.startswith(head) and thought.endswith(_ENDS_OF_THOUGHT)
+    shared = len(os.path.commonprefix([before, head]))
+    # A turn may have the end of the empty thought alone.
+    closed = before[shared:].rstrip().endswith(_ENDS_OF_THOUGHT) and before.endswith(head[shared:])
     return before + after[len(head) :] if closed else None
 
 

@@ -142,11 +142,15 @@ def test_thinking_that_no_row_has_is_switched_off_and_one_that_helps_is_named():
         examples([record_of(on)], tokenizer, max_length=99)
 
 
-@pytest.mark.parametrize("thought", ["</think>", "<|channel>thought\n<channel|>"])
-def test_an_answer_is_learned_behind_the_empty_thought_of_its_prompt(thought):
+@pytest.mark.parametrize(
+    ("thought", "left"),
+    [("</think>", ""), ("<think></think>", "</think>"), ("<|channel>thought\n<channel|>", "")],
+)
+def test_an_answer_is_learned_behind_the_empty_thought_of_its_prompt(thought, left):
     """As DeepSeek-V3.2's and Gemma 4's templates, whose turns have no thought."""
     template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{{ '" + left + "' if m.role == 'assistant' }}"
+        "{{ m.content | trim }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant:" + thought + "{% endif %}"
     )
     tokenizer = dataclasses.replace(tiny_tokenizer(), chat_template=template)
@@ -156,7 +160,7 @@ def test_an_answer_is_learned_behind_the_empty_thought_of_its_prompt(thought):
     first = f"user:a<|im_end|>assistant:{thought}@b<|im_end|>"
     assert texts[0] == first
     assert (
-        texts[1] == f"{first.replace(thought, '')}user:c<|im_end|>assistant:{thought}<d<|im_end|>"
+        texts[1] == f"{first.replace(thought, left)}user:c<|im_end|>assistant:{thought}<d<|im_end|>"
     )
     learned = [tokenizer.decode(x.tokens[x.learned].tolist(), skip_special_tokens=False)
                for x in found]  # fmt: skip

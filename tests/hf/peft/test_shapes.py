@@ -277,12 +277,11 @@ def test_our_experts_in_peft(tmp_path):
     ids=("names", "ends", "expression"),
 )  # fmt: skip
 def test_a_config_may_name_each_expert_of_a_stack(targets, tmp_path):
-    x = np.ones((2, 8), np.float32)
+    x = np.ones((4, 2, 8), np.float32)
     params = {"layers": {"experts": {"up": np.ones((3, 4, 8, 8), np.float32)}}}
 
     def model(params, x):
-        each = jax.vmap(lambda w: x @ w)
-        return jax.lax.map(each, params["layers"]["experts"]["up"])
+        return jax.lax.map(lambda w: jax.vmap(jnp.matmul)(x, w), params["layers"]["experts"]["up"])
 
     config = lora.LoraConfig(rank=2, target_modules=("up",), init="random")
     tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
