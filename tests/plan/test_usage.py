@@ -181,7 +181,7 @@ def test_a_weight_that_a_loop_carries_beside_features_is_none_of_them():
     def looped(p, x):
         def step(carry, _):
             x, base = carry
-            return (jnp.tanh(x @ (base - p["w"])), base), None
+            return (jnp.tanh(x @ (base - p["w"])), base / 2), None
 
         return lax.scan(step, (x, p["base"]), None, length=2)[0][0]
 
