@@ -103,7 +103,9 @@ def _other_layers(config: LoraConfig, names: set[str]) -> list[str]:
                 f'`layers_pattern="{first[1]}"`'
             ]
     there = {number for number in numbers.values() if number is not None}
-    if not named or wanted & there:
+    # A module listed by its whole name is adapted in any layer.
+    numbered = (name for name in named if numbers[name] is not None)
+    if not named or any(matching.is_target(config, name) for name in numbered):
         return []
     if not there:
         behind = (re.search(r"([^.]+)\.\d+\.", name) for name in numbers)

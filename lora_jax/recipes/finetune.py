@@ -204,7 +204,7 @@ def finetune(
                 "(other names): merge the adapter for it, with lora-jax merge"
             )
     # What cannot be saved at the end is refused before the first step.
-    with_fused_experts(leaves_by_path(params), lora_config)
+    with_fused_experts(leaves_by_path(params), lora_config, model.config.model_type)
     for line in filter(None, (format_trainable_parameters(params), idle_devices(job.mesh))):
         log(line)
     if job.device_memory is not None:

@@ -585,3 +585,8 @@ def test_the_sum_of_a_tokens_experts_is_rounded_once():
             for i in (0, 1)]  # fmt: skip
     want = sum(y.astype(jnp.float32) * shares[:, i : i + 1] for i, y in enumerate(each))
     np.testing.assert_array_equal(got, jnp.asarray(want).astype(jnp.bfloat16))
+
+
+def test_a_config_of_solar_open_states_no_size_of_dense_blocks():
+    fields = {name: x for name, x in CASES["solar_open"].items() if name != "intermediate_size"}
+    assert config_from_hf(fields).intermediate_size == fields["moe_intermediate_size"]

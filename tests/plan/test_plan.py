@@ -252,6 +252,12 @@ def test_mistakes_are_errors_that_help(fields, text: str):
         planned(**fields)
 
 
+def test_a_module_listed_by_its_whole_name_is_adapted_in_any_layer():
+    """As in PEFT, which filters matches of a name's end by their layer."""
+    plan = planned(target_modules=("model.layers.2.attn.q_proj",), layers_to_transform=(1,))
+    assert [leaf.path for leaf in plan.adapted] == ["model.layers.attn.q_proj.kernel"]
+
+
 def test_roles_of_a_module_are_its_matrix_s():
     params = {"up": {"kernel": shaped(4, 8), "bias": shaped(8)}}
     config = lora.LoraConfig(rank=2, roles={"up": "io"})

@@ -95,7 +95,7 @@ def save_gguf_lora(
     check_argument("hf.save_gguf_lora(path, lora_params, config, base=base)", "base", base, Base)
     row = base.row
     tensors = to_peft(lora_params, config, model_type=row.model_type)[1]
-    config = with_fused_experts(leaves_by_path(lora_params), config)
+    config = with_fused_experts(leaves_by_path(lora_params), config, row.model_type)
     config = with_name(config, base_model_name)
     content = to_gguf(tensors, config, base, multipliers(lora_params, row))
     processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))

@@ -35,6 +35,8 @@ REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "
 FUSED = ".experts.gate_up_proj"
 # Names that PEFT takes for those of experts, as they were before transformers 5.
 _TAKEN = (".gate_proj", ".up_proj", ".down_proj")
+# Families whose names it leaves alone, as they were.
+_LEFT_ALONE = ("qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
@@ -166,14 +168,16 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
     return found if targeted else {}
 
 
-def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
+def with_fused_experts(
+    leaves: Mapping[str, Any], config: LoraConfig, model_type: str | None
+) -> LoraConfig:
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
     transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
     does it take the routers of gpt-oss, no linear layer there, which lies beside experts with
     biases, of GraniteMoE, and of Llama 4, which returns two results. Of models that have other MLPs
     too, in an `mlp`, it takes the names of their layers, and that of the router, for those of
-    experts: they are parameters here as well.
+    experts: they are parameters here as well, but for some `model_type`.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -188,8 +192,9 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     routers |= {module for module in modules if module.endswith(".block_sparse_moe.router")}
     plain = {module for module in modules if module.rpartition(".")[0] not in fused}
     renamed = any(module.endswith(".mlp.experts") for module in fused)
-    beside = {module for module in plain if module.endswith(_TAKEN)} if renamed else set()
-    if beside:
+    taken = {module for module in plain if module.endswith(_TAKEN)} if renamed else set()
+    beside = set() if model_type in _LEFT_ALONE else taken
+    if taken:
         routers |= beside | {module for module in modules if module.endswith(".mlp.gate")}
     named: dict[str, list[str]] = {}  # the end of parameters' names -> the adapted ones
     partly = set()  # the ends of those of which a layer, of any stack, has no adapter

@@ -58,7 +58,7 @@ def to_peft(
     check_whole(lora_params)
     check_single(lora_params)
     leaves = leaves_by_path(lora_params)
-    index = make_index(leaves, with_fused_experts(leaves, config))
+    index = make_index(leaves, with_fused_experts(leaves, config, model_type))
     return content_of(index, model_type=model_type)
 
 
@@ -84,7 +84,7 @@ def with_task(
     # PEFT ties head and embedding of decoders; an encoder's head is a matrix of its own.
     if task_type == "CAUSAL_LM" or (task_type == AUTO and not is_encoder(leaves)):
         config = tied_config(leaves, config)
-    config = with_fused_experts(leaves, config)
+    config = with_fused_experts(leaves, config, model_type)
     fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
     check_shared(tensors, leaves, "lora_params")
     if task_type == AUTO:

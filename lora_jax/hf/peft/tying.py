@@ -136,7 +136,11 @@ def check_tying(config: LoraConfig, tensors: Iterable[str], plan: Plan, source: 
     if ties(config):
         return
     table = next((leaf.path for leaf in plan.leaves if leaf.tied), None)
-    head = next((key for key in tensors if key.startswith(f"{PREFIX}{HEAD}.")), None)
+    # RoBERTa's head of words has a linear layer of its own in front of the table.
+    inside = [m for leaf in plan.leaves if (m := module_of(leaf.path)).startswith(f"{HEAD}.")]
+    apart = tuple(f"{PREFIX}{module}." for module in inside)
+    heads = (key for key in tensors if key.startswith(f"{PREFIX}{HEAD}."))
+    head = next((key for key in heads if not key.startswith(apart)), None)
     if table is not None and head is not None:
         raise ValueError(
             f"{source}: the adapter changes the output head only (`{head}`), but this model uses "

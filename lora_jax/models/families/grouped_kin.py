@@ -69,7 +69,9 @@ def _write_exaone(config: Any) -> dict[str, Any]:
 
 
 def _read_solar(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return read_grouped({**raw, "first_k_dense_replace": 0})
+    # It has no dense blocks, whose size would be `intermediate_size`.
+    read = read_grouped({**raw, "first_k_dense_replace": 0})
+    return {**read, "intermediate_size": raw["moe_intermediate_size"]}
 
 
 def _write_solar(config: Any) -> dict[str, Any]:
@@ -167,7 +169,7 @@ SOLAR_OPEN = Dialect(
     rope=lambda given: read_partial_rope(given, 1.0),
     defaults={
         **_ONE_GROUP, "attention_bias": False, "moe_intermediate_size": 1280, "head_dim": 128,
-        "intermediate_size": 1280,  # of dense blocks, which it has not
+        "intermediate_size": 1280,
         "num_key_value_heads": 8, "num_experts_per_tok": 8, "n_shared_experts": 1,
         "n_routed_experts": 128, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
         "rms_norm_eps": 1e-5, "rope_theta": 1e6,

@@ -128,6 +128,24 @@ def test_a_table_that_differs_trains_whole(name, made, bases, tmp_path):
     assert ("base_model.model.lm_head.weight" in load_file(tmp_path / "b" / TENSORS)) is tied
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_adapter_in_fewer_bits_has_the_table_rounded(dtype, made, bases, tmp_path):
+    """The copy beside an adapted table is no part of the adapter."""
+    name = f"untied-{V}"
+    base = bases[name]
+    fields = {"r": 2, "task_type": "CAUSAL_LM", **HOW["adapted"]}
+    peft_wrote(f"{PLACE}/adapted/{name}", tmp_path, made(name).model, fields, lambda m: 0)
+    tensors = {key: x.astype(dtype) for key, x in load_file(tmp_path / TENSORS).items()}
+    save_file(tensors, tmp_path / TENSORS)
+    params, _ = load_peft(tmp_path, base.apply, base.params, TOKENS)
+    leaf = leaves_by_path(params)["model.embed_tokens.embedding"]
+    np.testing.assert_array_equal(leaf.w, base.params["model"]["embed_tokens"]["embedding"])
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({**tensors, key: tensors[key] * 2}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match="is not this model's base weight"):
+        load_peft(tmp_path, base.apply, base.params, TOKENS)
+
+
 def test_halves_of_a_tied_table_that_differ_are_refused(made, bases, tmp_path):
     name = f"tied-{V}"
     base = bases[name]

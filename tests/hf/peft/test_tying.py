@@ -97,3 +97,19 @@ def test_an_adapter_of_a_tied_head_alone_is_refused(field, tmp_path):
         ValueError, match="changes the output head only .*lm_head.*, but .*wte.* is not tied"
     ):
         lora.hf.load_peft(tmp_path, decoder, base, TOKENS)
+
+
+def test_a_layer_in_front_of_a_tied_table_is_not_the_head(tmp_path):
+    """RoBERTa's head of words has a linear layer and a norm, in a module `lm_head`."""
+    base = {**params(), "lm_head": {"dense": {"kernel": jnp.eye(D)}}}
+
+    def words(p, tokens):
+        hidden = p["transformer"]["wte"]["embedding"][tokens]
+        return hidden @ p["lm_head"]["dense"]["kernel"] @ p["transformer"]["wte"]["embedding"].T
+
+    config = lora.LoraConfig(rank=2, init="random", target_modules=("dense",))
+    plan = lora.plan(config, words, base, TOKENS)
+    tree = lora.init(jax.random.key(0), plan, base)
+    lora.hf.save_peft(tmp_path, tree, config)
+    again, _ = lora.hf.load_peft(tmp_path, words, base, TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
