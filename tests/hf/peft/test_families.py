@@ -180,7 +180,7 @@ MODULES = {
     "youtu": ("kv_b_proj", "down_proj", "embed_tokens", "post_attention_layernorm"),
 }
 # PEFT cannot run an adapter of Llama 4's router, which returns two results.
-LEFT_OUT = dict.fromkeys(("llama4", "llama4_text"), {"exclude_modules": ["router"]})
+LEFT_OUT = {name: {"exclude_modules": ["router"]} for name in ("llama4", "llama4_text")}
 # PEFT has no biases for experts, nor for what has the name of one of their layers.
 WITHOUT_BIASES = {
     "llama4": ("router", r"gate_up_proj", r"experts.down_proj"),
