@@ -111,6 +111,9 @@ CASES = (
     Case("fourier_inputs", _spectra(lambda w, x: x @ jnp.fft.fft(w, axis=0)), IO),
     Case("fourier_outputs", _spectra(lambda w, x: jnp.fft.irfft(x @ jnp.fft.rfft(w, 7), 7)), IO),
     Case("fourier_both", _spectra(lambda w, x: jnp.fft.fft(x) @ jnp.fft.rfft2(w)), IO),
+    Case("fourier_two_inputs", _spectra(lambda w, x: jnp.einsum(
+        "btij,ijo->bto", x.reshape(2, 5, 4, 2), jnp.fft.rfft2(w, axes=(0, 1))), 4, 2, 6),
+        {"w": "iio"}),
     Case("fourier_smoothed", _spectra(lambda w, x: x @ jnp.fft.irfft(
         jnp.fft.rfft(w, axis=0)[:3], 8, axis=0)), IO),
     Case("mean_of_outputs", _one(lambda w, x: x @ w.mean(1)), IO),
