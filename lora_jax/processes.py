@@ -95,6 +95,12 @@ def _said_to_wait(address: str | None, count: int | None, number: int | None) ->
     others = "the others" if count is None else f"the other {count - 1}"
     place = "" if address is None else f" at {address}"
     what = f"{own} of the run waits for {others}{place}"
+    # JAX aborts a process that another one has taken the place of, and Python cannot say why then.
+    print(
+        f"{own} joins the run{place}; if it aborts here, another one has its process id, or other "
+        "processes were given another number of processes",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
     def watch() -> None:
         nonlocal waited

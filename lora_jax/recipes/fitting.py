@@ -47,15 +47,16 @@ _KERNELS: Mapping[str, Backend] = {"gpu": "gpu", "tpu": "tpu"}
 
 def join(job: Devices, *configs: Any) -> None:
     """Joins the processes of the run, which need the same settings, before JAX starts devices."""
-    own = ("coordinator", "processes", "process_id")
     if job.distributed:
         processes.join(job.coordinator, job.processes, job.process_id)
-        # Loading onto another mesh would wait for ever. What is in the files, `fit` compares.
-        own = (*own, "model", "train_data", "eval_data", "tuning_data", "adapter")
+        # Loading onto another mesh would wait for ever. What is in the files, `fit` compares. JAX
+        # joins as many as process 0 waits for, whatever number the others were given.
+        own = ("coordinator", "process_id", "model", "train_data", "eval_data", "tuning_data")
+        own += ("adapter",)
         every = settings_of(job, *configs)
         processes.check_same({name: every[name] for name in every if name not in own})
         return
-    for name in own:
+    for name in ("coordinator", "processes", "process_id"):
         if getattr(job, name) is not None:
             raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
 

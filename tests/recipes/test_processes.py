@@ -53,6 +53,11 @@ def test_a_sweep_in_two_processes_finds_what_one_finds(tmp_path, metric):
         assert status == 1 and "there is a sweep already" in text
     for text, status in command([*sweep, "--resume"], [], ["--ranks", "2"]):
         assert status == 1 and "the processes disagree: `--ranks` is (1, 4) in process 0" in text
+    # JAX itself joins the two that process 0 was told of.
+    for text, status in command([*sweep, "--resume"], [], ["--processes", "3"]):
+        assert (
+            status == 1 and "disagree: `--processes` is 2 in process 0 and 3 in process 1" in text
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -51,6 +51,7 @@ def test_a_process_that_never_comes_is_waited_for_and_said(number):
     run = "from lora_jax import processes as p; p.JOINING, p.REMINDER = 1, 0.5; p.join({!r}, 2, {})"
     address = f"127.0.0.1:{free_port()}"
     ((text, status),) = ends_of([["-c", run.format(address, number)]], 1, [None])
+    assert f"process {number} joins the run at {address}; if it aborts here, another" in text
     what = f"process {number} of the run waits for the other 1 at {address}"
     lines = [line for line in text.splitlines() if what in line]
     assert lines[:2] == [f"{what}: 0.5 of 1 s", f"{what}: 1 of 1 s"] and status == 1
