@@ -85,7 +85,7 @@ def recurrence(
 
 def first_states(
     sizes: DeltaSizes, *shape_and_dtype: Any
-) -> tuple[Float[Array, "*b w-1 c"], Float[Array, "*b n k v"]]:
+) -> tuple[Float[Array, "*b past c"], Float[Array, "*b n k v"]]:
     """The inputs before a text, and the states, 0; `shape_and_dtype` are *b and the inputs'."""
     *shape, dtype = shape_and_dtype
     channels = 2 * sizes.key_heads * sizes.key_dim + sizes.value_heads * sizes.value_dim

@@ -146,11 +146,11 @@ def _inverse(lower: Float[Array, "*b c c"]) -> Float[Array, "*b c c"]:
 def convolved(
     x: Float[AnyArray, "b t c"],
     kernel: Float[AnyArray, "w 1 c"],
-    before: Float[AnyArray, "b w-1 c"],
+    before: Float[AnyArray, "b past c"],
     *,
     mask: Bool[AnyArray, "b t"] | None = None,
     texts: Int[AnyArray, "b t"] | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b w-1 c"]]:
+) -> tuple[Float[Array, "b t c"], Float[Array, "b past c"]]:
     """Each channel's sum over W tokens up to each one, `Σ_j kernel_j x_(t-W+1+j)`, in float32.
 
     Args:

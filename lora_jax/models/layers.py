@@ -254,7 +254,7 @@ def run_blocks(
         i: Int[Array, ""],
         carry: Any,
         given: Array | None,
-        own: bool | Bool[Array, ""],
+        own: bool | Bool[Array, ""] | None,
     ) -> Any:
         more = {} if given is None else {"given": given}
         return call(nnx.merge(graph, state), carry, i, own, **more)
