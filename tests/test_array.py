@@ -95,7 +95,10 @@ def test_delta_of_narrow_factors_is_computed_in_float32():
 def test_widened_needs_no_promotion():
     with jax.numpy_dtype_promotion("strict"):
         assert widened(jnp.bfloat16, jnp.float32) == jnp.float32
-        assert widened(jnp.bfloat16, jnp.float64) == jnp.float64
+        # JAX holds NumPy's float64 in float32 unless it is told otherwise.
+        assert widened(jnp.bfloat16, jnp.float64) == jnp.float32
+        with jax.enable_x64(True):
+            assert widened(jnp.bfloat16, jnp.float64) == jnp.float64
 
 
 @pytest.mark.parametrize("x", [jnp.ones((4, 4)), {"w": leaf((8, 4), "io")}], ids=["array", "tree"])

@@ -119,9 +119,8 @@ def compute_dtype(x: Any, v: Implicit) -> Any:
     has the change.
     """
     inexact = [d for d in (x.dtype, v.dtype) if jnp.issubdtype(d, jnp.inexact)]
-    floating = [
-        compat.held(jnp.finfo(d).dtype) for d in inexact
-    ]  # of a complex number, each part's
+    # Of a complex number, each part's.
+    floating = [compat.held(jnp.finfo(d).dtype) for d in inexact]
     # Products of 8-bit floats lose the change: bfloat16 at least.
     dtype = max(floating, key=lambda d: d.itemsize)
     dtype = dtype if dtype.itemsize >= 2 else jnp.dtype(jnp.bfloat16)

@@ -141,7 +141,8 @@ def _check_ranks(ranks: Sequence[int], plan: Plan) -> None:
             raise ValueError(
                 f"`ranks` has {max(ranks)}, above the smallest dimension {limit} of `{leaf.path}`, "
                 "where full rank is reached: lower `ranks`, leave the module out with "
-                f"exclude_modules=({name!r},), or train it whole with modules_to_save=({name!r},)"
+                f"exclude_modules=({name!r},), or train it whole with modules_to_save=({name!r},) "
+                "and without an entry of its own in `target_modules`"
             )
 
 

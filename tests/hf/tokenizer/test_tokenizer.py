@@ -444,7 +444,7 @@ def test_llama3_takes_a_word_of_the_vocabulary_whole(tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"model": "t5"}, "tokenizer of kind `t5` cannot be built"),
+        ({"model": "rwkv"}, "tokenizer of kind `rwkv` cannot be built"),
         ({"model": "bert"}, "lacks the numbers of unk_token, sep_token, pad_token, mask_token"),
         ({"pre": "viking"}, "`tokenizer.ggml.pre` is `viking`, not one of gpt-2, phi-2"),
         ({"pre": None}, "`tokenizer.ggml.pre` is `None`"),
