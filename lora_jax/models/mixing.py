@@ -211,7 +211,9 @@ def _only(seen: Bool[Array, "#b 1 1 #t s"], logits: Float[Array, "b k g t s"]) -
 @_only.defjvp
 def _only_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     # What has no weight has no gradient either: a choice would keep the mask of every head for it.
-    return _only(*primals), tangents[1]
+    # Where a query attends to nothing, all keys have the same weight.
+    some = jnp.any(primals[0], axis=-1, keepdims=True)
+    return _only(*primals), tangents[1] * some.astype(tangents[1].dtype)
 
 
 def mix(

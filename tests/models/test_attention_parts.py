@@ -150,6 +150,14 @@ def test_no_mask_is_kept_for_the_backward_pass(remat):
     assert not [x for x in arrays if x.dtype == bool and x.shape[-2:] in ((64, 64), (64, 128))]
 
 
+def test_a_query_that_attends_to_nothing_has_no_slope():
+    """All keys have the same weight then, whatever the scores are."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 4, 2, 8)) for i in range(3))
+    seen = jnp.tril(jnp.ones((1, 1, 4, 4), bool)).at[:, :, 0].set(False)
+    slope = jax.grad(lambda q: jnp.sum(jnp.sin(mixing.mix(q, k, v, seen=seen, by=mixing.PLAIN))))(q)
+    assert not slope[:, 0].any() and slope[:, 2:].all()
+
+
 def test_a_block_that_is_computed_again_holds_the_scores_of_one_run(monkeypatch):
     """Of four runs, until the MLP is passed back; "none" computes nothing again."""
 

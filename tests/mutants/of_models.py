@@ -108,8 +108,9 @@ FAULTS = [
         ("top = jnp.maximum(top, sinks)", "pass"),
         ("-0.7 * jnp.finfo(jnp.float32).max", "-1e4"),
         ("again and _score_bytes(q, k, pairs) > MOST_SCORES", "False"),
-        ("return _only(*primals), tangents[1]",
+        ("return _only(*primals), tangents[1] * some.astype(tangents[1].dtype)",
          "return _only(*primals), jnp.where(primals[0], tangents[1], 0)"),
+        ("tangents[1] * some.astype(tangents[1].dtype)", "tangents[1]"),
     ),
     *in_file(
         "models/requantizing.py",
