@@ -29,6 +29,7 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     rows_as_lora,
+    widened,
 )
 from lora_jax.config.arguments import check_count
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
@@ -316,7 +317,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
         else:
             # An adapter without DoRA has gain 1.
             magnitudes = [x.m.dtype for x in factored if x.m is not None]
-            gain = full(outs, 1, jnp.result_type(jnp.float32, *magnitudes))
+            gain = full(outs, 1, widened(*magnitudes))
     return LoraStack(
         like.w,
         # One dtype for all adapters, the widest, so that none is rounded.

@@ -32,7 +32,7 @@ NAMED = [
           "residual(leaf, w, a, b, s=np.ones_like(scale_of(leaf)))", STARTS),
     Fault("methods/starts.py", "per_stack(leaf, np.maximum(leaf.ranks, 1), \"a\")",
           "per_stack(leaf, np.sqrt(np.maximum(leaf.ranks, 1)), \"a\")", STARTS),
-    Fault("multi/stack.py", "gain = full(outs, 1, jnp.result_type(jnp.float32, *magnitudes))",
+    Fault("multi/stack.py", "gain = full(outs, 1, widened(*magnitudes))",
           "gain = full(outs, 0, jnp.float32)", STACK),
     Fault("transform/many/grouped.py", "(ids < -1) | (ids >= count)", "ids >= count",
           "tests/transform/many/test_run.py"),
