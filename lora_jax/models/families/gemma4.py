@@ -20,10 +20,10 @@ from lora_jax.models.dialect import (
     all_but_every,
     read_layer_types,
     read_two_ropes,
+    write_two_ropes,
     write_windows,
 )
 from lora_jax.models.families.gemma import TANH
-from lora_jax.models.rope import scaling_to_hf
 
 _PERIOD = 6  # by default every sixth block has no window
 _WINDOW = 512
@@ -108,12 +108,7 @@ def _read_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: Any) -> dict[str, Any]:
-    full = scaling_to_hf(config.rope_scaling) or {"rope_type": "default"}
-    local = config.rope_local_base_freq or config.rope_theta
-    ropes = {
-        FULL: {**full, "rope_theta": config.rope_theta},
-        SLIDING: {"rope_type": "default", "rope_theta": local},
-    }
+    ropes = write_two_ropes(config)
     heads, size = config.heads_of(False)
     own = {"head_dim": size, "num_key_value_heads": heads}
     return {
@@ -121,7 +116,8 @@ def _write(config: Any) -> dict[str, Any]:
         # transformers needs the number even where no block has a window.
         "sliding_window": config.sliding_window or _WINDOW,
         # Two names of one field in transformers.
-        **dict.fromkeys(("rope_parameters", "rope_scaling"), ropes),
+        **ropes,
+        "rope_scaling": ropes["rope_parameters"],
         # The two fields behind it are those of before transformers 5.23.
         _EACH: {str(i): own for i, slides in enumerate(config.mixing.slides) if not slides},
         "global_head_dim": size,
