@@ -308,7 +308,14 @@ def rows_loss(fn, ids):
     return jax.grad(of, has_aux=True)
 
 
-@pytest.mark.parametrize("inside", [True, False])
+# JAX finds no place for the scatter of a gather's gradient there; `jax.set_mesh` is the way out.
+OUTSIDE = pytest.param(
+    False,
+    marks=pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="of JAX 0.12", strict=True),
+)
+
+
+@pytest.mark.parametrize("inside", [True, OUTSIDE])
 @pytest.mark.parametrize("rows", [(), ("data",)])
 def test_adapters_of_rows_on_an_explicit_mesh(explicit_mesh, rows, inside):
     def place(*spec):
