@@ -206,23 +206,13 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found)
 
 
-def leaf_sharding(path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: "_Whole") -> NamedSharding:
-    """The sharding of a weight's own dims.
-
-    Args:
-      path: of the leaf.
-      x: the leaf; a `QuantArray` needs no arrays.
-      mesh, rules: as in `place`.
-      whole: receives the leaf if it is not divided.
-    """
-    return NamedSharding(mesh, _leaf_spec(path, x, rules, mesh.shape, whole=whole))
-
-
 @contextlib.contextmanager
 def spreading(
     mesh: Mesh | None, rules: Rules
 ) -> Iterator[Callable[[str, Any], NamedSharding] | None]:
-    """Yields (path, leaf) -> `leaf_sharding`, or None without a mesh.
+    """Yields (path, leaf) -> the sharding of a weight's own dims, or None without a mesh.
+
+    A leaf that is a `QuantArray` needs no arrays.
 
     Raises:
       TypeError: the mesh is something else.
@@ -239,7 +229,7 @@ def spreading(
             "`lora.models.make_mesh(fsdp=-1)` makes one of all devices"
         )
     whole = _Whole([], [])
-    yield lambda path, x: leaf_sharding(path, x, mesh, rules, whole=whole)
+    yield lambda path, x: NamedSharding(mesh, _leaf_spec(path, x, rules, mesh.shape, whole=whole))
     _warn_of_whole(whole, mesh.shape, rules, stacklevel=5)  # the caller of the loader
 
 
