@@ -85,8 +85,7 @@ def _one(file: Gguf, place: Place, numbers: np.ndarray) -> np.ndarray:
         part = (inside, *(slice(0, n) for n in there.shape[1:]))
         skipped = inside.start
     raw = _encoded(file, place.tensor, np.ascontiguousarray(there))
-    width = tensor.size // math.prod(tensor.shape[:-1] or tensor.shape)
-    width = width if there.ndim > 1 else tensor.size // tensor.shape[0]
+    width = tensor.size // math.prod(tensor.shape[:-1] or tensor.shape)  # bytes of a row
     with Path(file.path).open("r+b") as out:
         out.seek(tensor.start + skipped * width)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
