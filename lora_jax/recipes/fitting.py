@@ -51,8 +51,10 @@ def join(job: Devices, *configs: Any) -> None:
         processes.join(job.coordinator, job.processes, job.process_id)
         # Loading onto another mesh would wait for ever. What is in the files, `fit` compares. JAX
         # joins as many as process 0 waits for, whatever number the others were given.
-        own = ("coordinator", "process_id", "model", "train_data", "eval_data", "tuning_data")
-        own += ("adapter",)
+        own = (
+            "coordinator", "process_id", "model", "train_data", "eval_data", "tuning_data",
+            "adapter",
+        )  # fmt: skip
         every = settings_of(job, *configs)
         processes.check_same({name: every[name] for name in every if name not in own})
         return

@@ -170,8 +170,8 @@ def without_copies(
         whole = f"{PREFIX}{module}.weight"
         if ending in _BASE:
             # An original is not compared: the trained table beside it replaces it in any case. Nor
-            # is what PiSSA or OLoRA left of a head, which depends on rounding. The
-            # file of an adapter in fewer bits holds the base's table rounded.
+            # is what PiSSA or OLoRA left of a head, which depends on rounding. The file of an
+            # adapter in fewer bits holds the base's table rounded.
             left = ending == _ORIGINAL or base_change(config.init) != "none"
             if not left and not _rounds(tables[module].read(), tensor):
                 raise ValueError(
